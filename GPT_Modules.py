@@ -1,0 +1,290 @@
+"""GPT-2, each part from the ground up.
+
+    config = GPTConfig()                                   # 124M
+    model = GPT(config)
+    _, loss = model(idx, targets)                          # to learn
+    logits, _ = model(idx)                                 # to look
+    tokens = model.generate(idx, max_new_tokens=64)        # to write
+    model = GPT.from_pretrained("gpt2")                    # OpenAI's weights, or a folder of ours
+
+Shapes: B batch, T tokens, C channels (n_embd), H heads, D = C/H channels of a head, V vocabulary (rows of wte).
+The names of the weights are those of OpenAI's GPT-2. Read from the bottom of a block upwards: attention lets tokens
+exchange information, the MLP digests it for each token alone, and both add to a residual stream of C channels.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# OpenAI kept these weights as (inputs, outputs); nn.Linear wants (outputs, inputs).
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape of a GPT. The defaults are GPT-2 124M (Radford et al. 2019). Raises ValueError for one that can't be built."""
+
+    block_size: int = 1024  # tokens of context at most
+    vocab_size: int = 50257  # rows of the embedding table: 50,000 BPE merges + 256 bytes + <|endoftext|>
+    n_layer: int = 12  # transformer blocks
+    n_head: int = 12  # attention heads per block
+    n_embd: int = 768  # channels
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
+        if self.n_embd % self.n_head:
+            fits = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
+            nearest = min(fits, key=lambda n: abs(n - self.n_head))
+            raise ValueError(f"n_head {self.n_head} does not divide n_embd {self.n_embd}: n_head {nearest} would")
+
+
+# Checkpoints hold their GPTConfig; torch.load opens plain data and what is named here, and nothing else.
+# Checkpoints of the original scripts pickled it as a class of __main__.
+torch.serialization.add_safe_globals([GPTConfig, (GPTConfig, "__main__.GPTConfig")])
+
+
+class KVCache:
+    """Keys and values of one layer for the tokens so far: a new token then costs one row of attention, not T of them."""
+
+    def __init__(self, block_size: int):
+        self.block_size = block_size
+        self.length = 0
+
+    def append(self, k, v):
+        """Add keys and values of T new tokens, each (B, H, T, D); return those of all tokens, each (B, H, length, D)."""
+        if self.length == 0:
+            B, H, _, D = k.shape
+            self.k, self.v = k.new_empty(2, B, H, self.block_size, D)
+        start, self.length = self.length, self.length + k.size(2)
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, mask=None, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # each (B, H, T, D)
+        if cache is not None:
+            k, v = cache.append(k, v)  # each (B, H, tokens so far, D)
+        # softmax(q @ k.T / sqrt(D)) @ v without ever storing the T x T matrix (flash attention). Each token sees itself
+        # and those before it; a single new token with a cache sees everything, which needs no mask.
+        causal = mask is None and T == k.size(2)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)  # (B, H, T, D)
+        y = y.transpose(1, 2).contiguous().view(B, T, C)
+        return self.c_proj(y)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.gelu = nn.GELU(approximate="tanh")  # GPT-2's own approximation
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(self.gelu(self.c_fc(x)))  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, mask=None, cache=None):
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of the logits x @ weight.T, without holding them all.
+
+    At B=64, T=1024 the logits are 3.3 billion numbers. The head is the last operation before the loss, so each slice of
+    rows can be taken to its gradient at once and forgotten: d loss / d logits = (softmax(logits) - one_hot(target)) / n.
+    backward() then only scales what is there. The mathematics is that of F.cross_entropy.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, learning):  # (n, C), (V, C), (n,), bool
+        n, V = x.size(0), weight.size(0)
+        # slices large enough for the matrix product, small enough to forget
+        rows = max(1, (2**29 if x.is_cuda else 2**26) // V)
+        grad_x = torch.empty_like(x) if learning else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learning else None
+        loss = x.new_zeros((), dtype=torch.float32)
+        for i in range(0, n, rows):
+            x_i, targets_i = x[i : i + rows], targets[i : i + rows, None]
+            logits = (x_i @ weight.T).float()  # (rows, V)
+            log_z = logits.logsumexp(dim=1, keepdim=True)  # (rows, 1)
+            loss += (log_z - logits.gather(1, targets_i)).sum() / n
+            if learning:
+                probs = logits.sub_(log_z).exp_()
+                probs.scatter_add_(1, targets_i, torch.full_like(log_z, -1.0))
+                grad_logits = probs.div_(n).to(x.dtype)
+                grad_x[i : i + rows] = grad_logits @ weight
+                grad_weight += grad_logits.T @ x_i
+        if learning:
+            ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad_loss, grad_weight * grad_loss, None, None
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                ln_f=nn.LayerNorm(config.n_embd),
+            )
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied: the same table reads tokens and writes them
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                # 2 n_layer projections add to the residual stream: the factor keeps its variance at 1 x that of one
+                residual = name.endswith("c_proj.weight")
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def hidden(self, idx, pos=None, mask=None, cache=None):
+        """The last layer's output for tokens idx (B, T): (B, T, C), C channels for each token.
+
+        pos (T,) or (B, T): positions, if they are not 0..T-1. mask (B, 1, T, T) bool: which tokens (last dimension) each
+        token sees, if not all before it. cache: a KVCache for each layer; idx are then the tokens after those in it.
+        Raises ValueError if a token would stand beyond block_size.
+        """
+        if pos is None:
+            start = cache[0].length if cache else 0
+            end = start + idx.size(1)
+            if end > self.config.block_size:
+                raise ValueError(f"{end} tokens do not fit into block_size {self.config.block_size}")
+            pos = torch.arange(start, end, device=idx.device)  # (T,)
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, mask, cache[layer] if cache else None)
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx, targets=None):
+        """idx (B, T) -> (logits (B, T, V), None); with targets (B, T) -> (None, mean loss in nats per token).
+
+        Never both: learning does not build logits that nobody reads.
+        """
+        x = self.hidden(idx)
+        if targets is None:
+            return self.lm_head(x), None
+        weight = self.lm_head.weight
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        return None, ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), torch.is_grad_enabled())
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, n_vocab=None):
+        """Continue idx (B, T): yields max_new_tokens times the next tokens (B, 1).
+
+        temperature 0 takes the likeliest token. top_k: only from the k likeliest. generator: torch.Generator on idx's
+        device. n_vocab: only ids below it, so that rows that pad the table are never drawn. Beyond block_size it goes
+        on from the last block_size tokens.
+        """
+        cache = [KVCache(self.config.block_size) for _ in self.transformer.h]
+        for _ in range(max_new_tokens):
+            if idx.size(1) <= self.config.block_size:
+                x = self.hidden(idx[:, cache[0].length :], cache=cache)
+            else:  # the window slides, so each token changes its position: nothing can be re-used
+                x = self.hidden(idx[:, -self.config.block_size :])
+            logits = self.lm_head(x[:, -1]).float()[:, :n_vocab]  # (B, V)
+            if top_k is not None:
+                least = logits.topk(min(top_k, logits.size(1))).values[:, -1:]
+                logits = logits.masked_fill(logits < least, -math.inf)
+            if temperature == 0:
+                token = logits.argmax(dim=1, keepdim=True)
+            else:
+                probs = F.softmax(logits / temperature, dim=1)
+                token = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
+            idx = torch.cat((idx, token), dim=1)
+            yield token
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, n_vocab=None):
+        """idx (B, T) with its continuation, (B, T + max_new_tokens); the arguments are those of `stream`."""
+        tokens = self.stream(idx, max_new_tokens, temperature, top_k, generator, n_vocab)
+        return torch.cat((idx, *tokens), dim=1)
+
+    def configure_optimizers(self, weight_decay: float, learning_rate: float) -> torch.optim.AdamW:
+        """AdamW as GPT-3's (Brown et al. 2020, appendix B): matrices decay, biases and LayerNorms don't."""
+        parameters = list(self.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.dim() == 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        assert sum(len(group["params"]) for group in groups) == len(parameters)
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str) -> "GPT":
+        """A GPT-2 from a Hugging Face folder, or by its name (gpt2, gpt2-medium, ...) from the Hub.
+
+        Raises ValueError if it is not a GPT-2 as this file builds it, OSError and huggingface_hub's errors if it can't
+        be read or fetched.
+        """
+        from safetensors.torch import load_file
+
+        if Path(name_or_folder).is_dir():
+            config_file, weights_file = (Path(name_or_folder) / name for name in ("config.json", "model.safetensors"))
+        else:
+            from huggingface_hub import hf_hub_download
+
+            config_file = hf_hub_download(name_or_folder, "config.json")
+            weights_file = hf_hub_download(name_or_folder, "model.safetensors")
+        config = json.loads(Path(config_file).read_text())
+        ours = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+        for key, value in ours.items():
+            if config.get(key) != value:
+                raise ValueError(f"{name_or_folder}: {key} is {config.get(key)!r} where a GPT-2 has {value!r}")
+        shape = {key: config[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        model = cls(GPTConfig(block_size=config["n_positions"], **shape))
+        model.load_weights(load_file(weights_file), transposed=True)
+        return model
+
+    def load_weights(self, weights: dict[str, torch.Tensor], transposed: bool = False) -> None:
+        """Copy in weights under any of their usual names: with or without transformer., module., _orig_mod., masks
+        and the tied lm_head. transposed: the matrices of TRANSPOSED are stored as OpenAI did. Raises ValueError if one is
+        missing, left over, or of another shape."""
+        own, seen = dict(self.named_parameters()), set()
+        for name, tensor in weights.items():
+            name = name.replace("_orig_mod.", "").replace("module.", "").removeprefix("transformer.")
+            if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
+                continue
+            parameter = own.get(f"transformer.{name}")
+            tensor = tensor.T if transposed and name.endswith(TRANSPOSED) else tensor
+            if parameter is None or parameter.shape != tensor.shape:
+                raise ValueError(f"weight {name} of shape {tuple(tensor.shape)} does not fit into {self.config}")
+            parameter.data.copy_(tensor)
+            seen.add(f"transformer.{name}")
+        if missing := own.keys() - seen:
+            raise ValueError(f"weights are missing: {', '.join(sorted(missing)[:3])} ({len(missing)} in all)")

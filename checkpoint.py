@@ -1,0 +1,140 @@
+"""What a run can come back from: checkpoints that are plain data, whole, verified, and found again.
+
+    checkpoint = load_checkpoint("log/model_checkpoint.pt")      # a dict, verified
+    model, tokenizer = load_model("log/model_checkpoint.pt")     # or an exported folder, or gpt2 from the Hub
+
+LOG_DIR/model_05000.pt is the state after 5000 updates; model_checkpoint.pt points to the newest good one.
+"""
+
+import os
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+import torch
+
+from cli import UserError
+from files import sync_directory, whole_file
+from GPT_Modules import GPT
+
+NEWEST = "model_checkpoint.pt"
+HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+
+class SaveError(Exception):
+    """The disk did not take a checkpoint. Those before it are untouched."""
+
+
+def save_checkpoint(log_dir, keep_every: int, content: dict) -> Path:
+    """Save content as LOG_DIR/model_NNNNN.pt (NNNNN: content["step"]), read it back, move model_checkpoint.pt to it.
+
+    content: model, config, step, val_loss, tokenizer, optimizer, train_config, data. Of the older checkpoints the last
+    one stays and every keep_every steps one (0: none). Raises SaveError if the disk is full or fails, and ValueError
+    for weights or optimizer moments that are not finite; then nothing has changed on the disk.
+    """
+    check_finite(content)
+    path = Path(log_dir) / f"model_{content['step']:05d}.pt"
+    try:
+        with whole_file(path) as file:
+            torch.save(content, file)
+            file.flush()
+            verify(file.name)
+    except Exception as error:
+        # torch's zip writer covers the OSError of a full disk with a RuntimeError ("unexpected pos")
+        if not isinstance(error, OSError) and not isinstance(error.__context__, OSError):
+            raise
+        free = shutil.disk_usage(log_dir).free
+        raise SaveError(f"{path} could not be saved ({error}); {free:,} bytes are free there") from error
+    point_newest(path)
+    steps = checkpoint_paths(log_dir)
+    older = sorted(step for step in steps if step < content["step"])
+    for step in older[:-1]:
+        if not (keep_every and step % keep_every == 0):
+            steps[step].unlink()
+    return path
+
+
+def check_finite(content: dict) -> None:
+    moments = [t for state in content["optimizer"]["state"].values() for t in state.values() if torch.is_tensor(t)]
+    norms = torch._foreach_norm([*content["model"].values(), *moments])
+    if not all(torch.isfinite(norm) for norm in norms):
+        raise ValueError(f"the state after step {content['step']} has numbers that are not finite: it is not saved")
+
+
+def verify(path) -> None:
+    """Compare every part of a checkpoint with its checksum, which torch.load does not. Raises an Exception if damaged."""
+    with zipfile.ZipFile(path) as archive:
+        if bad := archive.testzip():
+            raise zipfile.BadZipFile(f"the checksum of {bad} is wrong")
+
+
+def point_newest(path: Path) -> None:
+    """Make model_checkpoint.pt, beside it, a relative link to this checkpoint, in one move."""
+    temporary = path.with_name(NEWEST + ".tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(path.name)
+    os.replace(temporary, path.with_name(NEWEST))
+    sync_directory(path.parent)
+
+
+def checkpoint_paths(log_dir) -> dict[int, Path]:
+    """{step: path} of the checkpoints in a directory, good or not."""
+    names = ((re.fullmatch(r"model_(\d{5,})\.pt", path.name), path) for path in Path(log_dir).glob("model_*.pt"))
+    return {int(match[1]): path for match, path in names if match}
+
+
+def load_checkpoint(path) -> dict:
+    """The content of a checkpoint, on the CPU. Nothing in the file is executed. Raises UserError if there is none, if it
+    is damaged, or if it holds anything but plain data."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    try:
+        verify(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or not {"model", "config"} <= content.keys():
+            raise ValueError("it is no checkpoint: model or config is missing")
+        return content
+    except Exception as error:  # damaged files raise eight kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no details"
+        raise UserError(f"{path} is damaged or not a checkpoint: {type(error).__name__}: {reason}") from None
+
+
+def newest_checkpoint(log_dir) -> tuple[dict | None, Path | None, list[str]]:
+    """(content, path, reasons why newer ones were passed over) of the newest good checkpoint; (None, None, []) in a
+    directory without any. Raises UserError with every reason if all are bad."""
+    reasons = []
+    for _, path in sorted(checkpoint_paths(log_dir).items(), reverse=True):
+        try:
+            return load_checkpoint(path), path, reasons
+        except UserError as error:
+            reasons.append(str(error))
+    if reasons:
+        raise UserError("\n".join(["no checkpoint in {} is good:".format(log_dir), *reasons])
+                        + "\nHINT: restore one, or choose another --log_dir to start afresh")  # fmt: skip
+    return None, None, []
+
+
+def load_model(name: str, device="cpu") -> tuple[GPT, str]:
+    """(model, name of its tokenizer) of a checkpoint, an exported folder, or OpenAI's weights by name from the Hub.
+
+    Reads checkpoints of the original scripts too. Raises UserError if there is no such model, or if it is damaged.
+    """
+    path = Path(name)
+    if path.is_file():
+        checkpoint = load_checkpoint(path)
+        model = GPT(checkpoint["config"])
+        try:
+            model.load_weights(checkpoint["model"])
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from None
+        return model.to(device).eval(), checkpoint.get("tokenizer", "gpt2")
+    if not path.is_dir() and name not in HUB_NAMES:
+        raise UserError(f"there is no checkpoint or folder {name}; by name from the Hub: {', '.join(HUB_NAMES)}")
+    try:
+        model = GPT.from_pretrained(name)
+    except Exception as error:  # what the Hub's HTTP library raises can't be named without naming the library
+        where = "as a model folder" if path.is_dir() else "from the Hub"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no details"
+        raise UserError(f"{name} can't be read {where}: {type(error).__name__}: {reason}") from None
+    return model.to(device).eval(), "bytes" if model.config.vocab_size == 257 else "gpt2"

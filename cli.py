@@ -1,0 +1,137 @@
+"""How every script meets its user: a frozen dataclass becomes flags and help, a UserError one line and an exit code.
+
+A field of the dataclass is a flag of the same name; the comment at its right is its help, a comment line of its own
+starts a group:
+
+    @dataclass(frozen=True)
+    class SampleConfig:
+        # the text
+        num_samples: int = 4  # texts to write
+"""
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import inspect
+import os
+import re
+import sys
+import time
+import types
+import typing
+
+
+class UserError(Exception):
+    """Something the user can put right. Printed as one message without a traceback; `code` becomes the exit code
+    (2 bad input, 1 the run failed)."""
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
+
+
+def command(main):
+    """Decorate a script's `main(argv=None) -> int`: a UserError is printed on stderr and becomes the exit code.
+
+    Under torchrun every rank finds the same error; rank 0 prints it, the others wait to be ended with it, 10 s at most.
+    """
+
+    @functools.wraps(main)
+    def run(argv=None) -> int:
+        try:
+            return main(argv) or 0
+        except UserError as error:
+            if int(os.environ.get("RANK", 0)) > 0:
+                time.sleep(10)
+            else:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            return error.code
+        except SystemExit as done:  # --help
+            return done.code or 0
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    return run
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1].split("=")[0], self._option_string_actions, n=1)
+            message = f"unknown flag {unknown[1]}" + (f": did you mean {near[0]}?" if near else "")
+        raise UserError(f"{message} (--help lists the flags of {os.path.basename(sys.argv[0]) or 'this script'})")
+
+
+def choose_device(name: str, local_rank: int = 0):
+    """The torch.device for --device: auto takes CUDA, then Apple's MPS, then the CPU. Raises UserError if it isn't there."""
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(kind for kind, is_there in there.items() if is_there) if name == "auto" else name
+    if not there[kind]:
+        raise UserError(f"--device {name}: this machine has none that torch can use; auto takes what there is")
+    if kind == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(f"{local_rank + 1} processes or more, but {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+    return torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+
+
+def parse(cls, argv: list[str] | None, doc: str, presets: dict[str, dict] | None = None, positional: str | None = None):
+    """Turn command line words into an instance of the dataclass `cls`.
+
+    argv: the words, None for sys.argv[1:]. doc: the script's docstring, shown by --help. presets: defaults by name of
+    preset, for a dataclass with a field `preset`. positional: the field that is given without a flag.
+    Raises UserError for words that don't fit.
+    """
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    comments, hints, group = field_comments(cls), typing.get_type_hints(cls), parser
+    for field in dataclasses.fields(cls):
+        heading, text = comments[field.name]
+        if heading:
+            group = parser.add_argument_group(heading)
+        kind, default = hints[field.name], field.default
+        if isinstance(kind, types.UnionType):  # int | None
+            kind = kind.__args__[0]
+        options = {"default": default, "help": text.replace("%", "%%")}
+        if default not in (None, False, dataclasses.MISSING):
+            options["help"] += f" (default: {default})"
+        if typing.get_origin(kind) is typing.Literal:
+            options["choices"] = kind.__args__
+        elif kind is bool:
+            options["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
+        else:
+            options |= {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
+        if field.name == positional:
+            if default is not dataclasses.MISSING:
+                options["nargs"] = "?"
+            group.add_argument(field.name, **options | {"metavar": field.name.upper()})
+        else:
+            group.add_argument(f"--{field.name}", **options)
+    words = [flag_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
+    if presets:
+        preset, _ = parser.parse_known_args(words)
+        parser.set_defaults(**presets[preset.preset])
+    return cls(**vars(parser.parse_args(words)))
+
+
+def field_comments(cls) -> dict[str, tuple[str, str]]:
+    """{field: (heading of the group that starts here or "", help)} from the source of a dataclass."""
+    comments, heading = {}, ""
+    for line in inspect.getsource(cls).splitlines():
+        if match := re.match(r"    # (.+)", line):
+            heading = match[1]
+        elif match := re.match(r"    (\w+): .*?  # (.+)", line):
+            comments[match[1]] = heading, match[2]
+            heading = ""
+    return comments
+
+
+def flag_with_underscores(word: str) -> str:
+    """--max-steps=5 -> --max_steps=5; --no-compile stays, it is argparse's own spelling."""
+    name, equals, value = word.partition("=")
+    if not name.startswith("--"):
+        return word
+    prefix = "--no-" if name.startswith("--no-") else "--"
+    return prefix + name[len(prefix) :].replace("-", "_") + equals + value

@@ -1,0 +1,67 @@
+"""Files that are whole or absent, and directories with one writer."""
+
+import contextlib
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+from cli import UserError
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Open a binary file to write that appears under `path` complete, or not at all.
+
+    The bytes go to `path`.tmp, are flushed to the disk, and the file is renamed; the directory is flushed as well, so
+    that the name survives a power cut. After an error nothing of it is left.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(directory) -> None:
+    """Flush the names in a directory to the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def only_writer(directory):
+    """Hold the directory (made if need be) for this process; raises UserError naming the process that has it.
+
+    The lock is fcntl's: the kernel drops it when the process ends however it ends, and children don't inherit it.
+    Temporary files that an earlier writer left are removed.
+    """
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = open(directory / ".lock", "a+")
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(f"{directory} is being written by {file.read().strip() or 'another process'}: wait for it, "
+                            "or choose another directory") from None  # fmt: skip
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        for leftover in directory.glob("*.tmp"):
+            leftover.unlink()
+        yield

@@ -1,0 +1,241 @@
+"""What a run has measured: log.txt and run.json, their curve, and the arithmetic of speed.
+
+    python metrics.py log                                  the last value of each stream; redraws log/curve.png
+    python metrics.py log --tracker tensorboard            replays the log into a tracker (or wandb)
+    python metrics.py log --tracker wandb --follow         and keeps up with the run
+
+A line of log.txt is `step stream value`: `250 val 3.9518`.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cli import UserError, command, parse
+from files import whole_file
+from GPT_Modules import GPTConfig
+
+# OpenAI's GPT-2 124M on build-nanogpt's validation shard (loss, nats per token) and on HellaSwag (acc_norm, completion
+# style); GPT-3 124M on HellaSwag from table H.1 of Brown et al. 2020.
+GPT2_VAL_LOSS, GPT2_HELLASWAG, GPT3_HELLASWAG = 3.2924, 0.2955, 0.337
+
+# Peak dense bf16 TFLOP/s as published by the makers. A card not listed gets no MFU rather than a wrong one.
+PEAK_TFLOPS = {
+    "A100": 312, "A800": 312, "A30": 165, "A40": 150, "A10": 125, "A10G": 70, "RTX A6000": 155, "H100": 989,
+    "H100 PCIe": 756, "H100 NVL": 835, "H800": 989, "H200": 989, "GH200": 989, "H20": 148, "B200": 2250, "L4": 121,
+    "L40": 181, "L40S": 362, "RTX 6000 Ada": 364, "RTX 3090": 71, "RTX 4090": 165, "RTX 5090": 210,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    log_dir: str = "log"  # directory of a run
+    tracker: Literal["wandb", "tensorboard"] | None = None  # send every value there
+    follow: bool = False  # go on until the run has ended, or Ctrl-C
+
+
+# ---- the log ----
+
+
+class Log:
+    """LOG_DIR/log.txt, continued from a step: what was measured at this step or later is measured again."""
+
+    def __init__(self, log_dir, start_step: int):
+        path = Path(log_dir) / "log.txt"
+        kept = [line for line in whole_lines(path) if int(line.split()[0]) < start_step]
+        with whole_file(path) as file:
+            file.writelines(line.encode() for line in kept)
+        self.file = open(path, "a")
+
+    def write(self, step: int, **values: float) -> None:
+        for stream, value in values.items():
+            self.file.write(f"{step} {stream} {value:.6g}\n")
+        self.file.flush()
+
+    def sync(self) -> None:
+        """Flush to the disk: before a checkpoint, so that no log is shorter than the checkpoint beside it."""
+        os.fsync(self.file.fileno())
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a log, without what a power cut tore or zeroed."""
+    text = path.read_text(errors="replace") if path.exists() else ""
+    return [line for line in text.splitlines(keepends=True) if re.fullmatch(r"\d+ \w+ \S+\n", line)]
+
+
+def read_log(log_dir) -> dict[str, list[tuple[int, float]]]:
+    """{stream: [(step, value), ...]} of LOG_DIR/log.txt, in the order of the file."""
+    streams = {}
+    for line in whole_lines(Path(log_dir) / "log.txt"):
+        step, stream, value = line.split()
+        streams.setdefault(stream, []).append((int(step), float(value)))
+    return streams
+
+
+def write_run(log_dir, facts: dict) -> None:
+    """LOG_DIR/run.json: configuration, data, parameters, tokens per step, hardware, versions."""
+    with whole_file(Path(log_dir) / "run.json") as file:
+        file.write(json.dumps(facts, indent=1).encode() + b"\n")
+
+
+def read_run(log_dir) -> dict:
+    path = Path(log_dir) / "run.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+# ---- speed ----
+
+
+def flops_per_token(config: GPTConfig, seq_len: int) -> float:
+    """Floating point operations that learning from one token takes: 6 N + 12 L H Q T (Chowdhery et al. 2022, appendix B).
+
+    N: the weights of the matrices that multiply, 12 L C^2 + V C; no positions, biases or norms. 124M: 854.65e6.
+    """
+    L, C, V = config.n_layer, config.n_embd, config.vocab_size
+    return 6 * (12 * L * C * C + V * C) + 12 * L * C * seq_len
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak bf16 FLOP/s of a GPU by the name that CUDA gives it; None if it is not in the table."""
+    words = set(re.split(r"[\s-]+", device_name))
+    known = [name for name in PEAK_TFLOPS if set(name.split()) <= words]
+    return PEAK_TFLOPS[max(known, key=len)] * 1e12 if known else None
+
+
+def duration(seconds: float) -> str:
+    """4000 -> 1h07m"""
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    return f"{hours}h{minutes % 60:02d}m" if hours else f"{minutes}m{int(seconds) % 60:02d}s"
+
+
+# ---- the curve ----
+
+
+def plot(log_dir) -> Path | None:
+    """Draw LOG_DIR/curve.png: loss, and HellaSwag if it was measured, over steps and tokens. None without a loss yet."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    log, run = read_log(log_dir), read_run(log_dir)
+    if not log.keys() & {"train", "val"}:
+        return None
+    tokens_per_step = run.get("tokens_per_step", 0)
+    # OpenAI's loss is comparable on the same validation tokens only
+    comparable = run.get("data", {}).get("dataset") == "HuggingFaceFW/fineweb-edu" and run["data"]["tokenizer"] == "gpt2"
+    with_hella = "hella" in log
+    figure = Figure(figsize=(12 if with_hella else 8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2 if with_hella else 1, squeeze=False)[0]
+
+    if "train" in log:
+        steps, losses = zip(*[point for point in log["train"] if math.isfinite(point[1])], strict=True)
+        axes[0].plot(steps, losses, color="tab:blue", alpha=0.2, linewidth=0.8)
+        axes[0].plot(steps, smooth(losses), color="tab:blue", label=f"train, smoothed ({smooth(losses)[-1]:.4f})")
+    if "val" in log:
+        steps, losses = zip(*log["val"], strict=True)
+        axes[0].plot(steps, losses, "o-", color="tab:orange", markersize=4, label=f"validation ({losses[-1]:.4f})")
+        low, high = min(losses), losses[0]
+        axes[0].set_ylim(min(low, GPT2_VAL_LOSS if comparable else low) - 0.1, max(min(high, low + 3), low + 0.5))
+    if comparable:
+        axes[0].axhline(GPT2_VAL_LOSS, color="tab:red", linestyle="--", label=f"OpenAI GPT-2 124M ({GPT2_VAL_LOSS})")
+    axes[0].set(xlabel="step", ylabel=f"loss (nats per {'byte' if run.get('data', {}).get('tokenizer') == 'bytes' else 'token'})")
+    if with_hella:
+        steps, scores = zip(*log["hella"], strict=True)
+        axes[1].plot(steps, scores, "o-", color="tab:blue", markersize=4, label=f"this model ({scores[-1]:.4f})")
+        if comparable:
+            axes[1].axhline(GPT2_HELLASWAG, color="tab:red", linestyle="--", label=f"OpenAI GPT-2 124M ({GPT2_HELLASWAG})")
+            axes[1].axhline(GPT3_HELLASWAG, color="tab:green", linestyle="--", label=f"OpenAI GPT-3 124M ({GPT3_HELLASWAG})")
+        axes[1].set(xlabel="step", ylabel="HellaSwag acc_norm")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+        if tokens_per_step:
+            top = axis.secondary_xaxis("top", functions=(lambda s: s * tokens_per_step, lambda t: t / tokens_per_step))
+            top.set_xlabel("tokens")
+    if run:
+        figure.suptitle(f"{Path(log_dir).resolve().parent.name}/{Path(log_dir).resolve().name}: "
+                        f"{run['parameters'] / 1e6:,.1f}M parameters, {run['hardware']}")  # fmt: skip
+    path = Path(log_dir) / "curve.png"
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    return path
+
+
+def smooth(values) -> list[float]:
+    """Moving average over a fiftieth of the run, free of the bias of a first value."""
+    width, total, weight, out = max(1, len(values) // 50), 0.0, 0.0, []
+    for value in values:
+        total, weight = total * (1 - 1 / width) + value, weight * (1 - 1 / width) + 1
+        out.append(total / weight)
+    return out
+
+
+# ---- trackers ----
+
+
+def open_tracker(name: str, log_dir: Path, run: dict):
+    """A function (step, {stream: value}) that sends values to the tracker, and one that closes it."""
+    try:
+        if name == "wandb":
+            import wandb
+
+            session = wandb.init(project="GPT124M", name=log_dir.resolve().name, config=run, dir=str(log_dir))
+            return lambda step, values: session.log(values, step=step), session.finish
+        from tensorboard.summary import Writer
+
+        writer = Writer(str(log_dir / "tensorboard"))
+        return lambda step, values: [writer.add_scalar(k, v, step) for k, v in values.items()], writer.close
+    except ImportError:
+        raise UserError(f"--tracker {name}: the package {name} is not installed: pip install {name}") from None
+
+
+def replay(config: MetricsConfig) -> int:
+    """Send the whole log to the tracker, a step at a time; with follow, go on until the last step is there."""
+    log_dir, sent = Path(config.log_dir), 0
+    run = read_run(log_dir)
+    last_step = run.get("config", {}).get("max_steps", 0)
+    send, close = open_tracker(config.tracker, log_dir, run)
+    try:
+        while True:
+            steps = {}
+            for line in whole_lines(log_dir / "log.txt"):
+                step, stream, value = line.split()
+                steps.setdefault(int(step), {})[stream] = float(value)
+            newest = max(steps, default=0)
+            for step in sorted(steps):
+                # the newest step may still grow while it is followed
+                if step >= sent and (step < newest or not config.follow or newest >= last_step):
+                    send(step, steps[step])
+                    sent = step + 1
+            if not config.follow or newest >= last_step:
+                return sent
+            time.sleep(2)
+    except KeyboardInterrupt:
+        return sent
+    finally:
+        close()
+
+
+@command
+def main(argv=None) -> int:
+    config = parse(MetricsConfig, argv, __doc__, positional="log_dir")
+    log = read_log(config.log_dir)
+    if not log:
+        raise UserError(f"{config.log_dir} has no log.txt with values in it: is it the --log_dir of a run?")
+    for stream, points in log.items():
+        print(f"{stream:8s} {points[-1][1]:<12.6g} at step {points[-1][0]}")
+    if path := plot(config.log_dir):
+        print(f"drawn: {path}")
+    if config.tracker:
+        replay(config)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
