@@ -27,7 +27,7 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Shape of a GPT. The defaults are GPT-2 124M (Radford et al. 2019). Raises ValueError for one that can't be built."""
+    """Shape of a GPT; the defaults are GPT-2 124M (Radford et al. 2019). Raises ValueError if it can't be built."""
 
     block_size: int = 1024  # tokens of context at most
     vocab_size: int = 50257  # rows of the embedding table: 50,000 BPE merges + 256 bytes + <|endoftext|>
@@ -51,14 +51,14 @@ torch.serialization.add_safe_globals([GPTConfig, (GPTConfig, "__main__.GPTConfig
 
 
 class KVCache:
-    """Keys and values of one layer for the tokens so far: a new token then costs one row of attention, not T of them."""
+    """Keys and values of one layer for the tokens so far: a new token costs one row of attention, not T of them."""
 
     def __init__(self, block_size: int):
         self.block_size = block_size
         self.length = 0
 
     def append(self, k, v):
-        """Add keys and values of T new tokens, each (B, H, T, D); return those of all tokens, each (B, H, length, D)."""
+        """Add keys and values of T new tokens, each (B, H, T, D); return those of all, each (B, H, length, D)."""
         if self.length == 0:
             B, H, _, D = k.shape
             self.k, self.v = k.new_empty(2, B, H, self.block_size, D)
@@ -116,8 +116,9 @@ class Block(nn.Module):
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of the logits x @ weight.T, without holding them all.
 
-    At B=64, T=1024 the logits are 3.3 billion numbers. The head is the last operation before the loss, so each slice of
-    rows can be taken to its gradient at once and forgotten: d loss / d logits = (softmax(logits) - one_hot(target)) / n.
+    At B=64, T=1024 the logits are 3.3 billion numbers. The head is the last operation before the loss, so each slice
+    of rows can be taken to its gradient at once and forgotten:
+    d loss / d logits = (softmax(logits) - one_hot(target)) / n.
     backward() then only scales what is there. The mathematics is that of F.cross_entropy.
     """
 
@@ -175,9 +176,9 @@ class GPT(nn.Module):
     def hidden(self, idx, pos=None, mask=None, cache=None):
         """The last layer's output for tokens idx (B, T): (B, T, C), C channels for each token.
 
-        pos (T,) or (B, T): positions, if they are not 0..T-1. mask (B, 1, T, T) bool: which tokens (last dimension) each
-        token sees, if not all before it. cache: a KVCache for each layer; idx are then the tokens after those in it.
-        Raises ValueError if a token would stand beyond block_size.
+        pos (T,) or (B, T): positions, if they are not 0..T-1. mask (B, 1, T, T) bool: which tokens (last dimension)
+        each token sees, if not all before it. cache: a KVCache for each layer; idx are the tokens after those
+        in it. Raises ValueError if a token would stand beyond block_size.
         """
         if pos is None:
             start = cache[0].length if cache else 0
@@ -273,8 +274,8 @@ class GPT(nn.Module):
 
     def load_weights(self, weights: dict[str, torch.Tensor], transposed: bool = False) -> None:
         """Copy in weights under any of their usual names: with or without transformer., module., _orig_mod., masks
-        and the tied lm_head. transposed: the matrices of TRANSPOSED are stored as OpenAI did. Raises ValueError if one is
-        missing, left over, or of another shape."""
+        and the tied lm_head. transposed: the matrices of TRANSPOSED are stored as OpenAI did. Raises ValueError if one
+        is missing, left over, or of another shape."""
         own, seen = dict(self.named_parameters()), set()
         for name, tensor in weights.items():
             name = name.replace("_orig_mod.", "").replace("module.", "").removeprefix("transformer.")

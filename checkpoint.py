@@ -63,7 +63,7 @@ def check_finite(content: dict) -> None:
 
 
 def verify(path) -> None:
-    """Compare every part of a checkpoint with its checksum, which torch.load does not. Raises an Exception if damaged."""
+    """Compare every part of a checkpoint with its checksum, which torch.load does not; raises if one is wrong."""
     with zipfile.ZipFile(path) as archive:
         if bad := archive.testzip():
             raise zipfile.BadZipFile(f"the checksum of {bad} is wrong")
@@ -85,8 +85,8 @@ def checkpoint_paths(log_dir) -> dict[int, Path]:
 
 
 def load_checkpoint(path) -> dict:
-    """The content of a checkpoint, on the CPU. Nothing in the file is executed. Raises UserError if there is none, if it
-    is damaged, or if it holds anything but plain data."""
+    """The content of a checkpoint, on the CPU. Nothing in the file is executed. Raises UserError if there is none, if
+    it is damaged, or if it holds anything but plain data."""
     if not Path(path).is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
@@ -110,8 +110,10 @@ def newest_checkpoint(log_dir) -> tuple[dict | None, Path | None, list[str]]:
         except UserError as error:
             reasons.append(str(error))
     if reasons:
-        raise UserError("\n".join(["no checkpoint in {} is good:".format(log_dir), *reasons])
-                        + "\nHINT: restore one, or choose another --log_dir to start afresh")  # fmt: skip
+        raise UserError(
+            "\n".join([f"no checkpoint in {log_dir} is good:", *reasons])
+            + "\nHINT: restore one, or choose another --log_dir to start afresh"
+        )
     return None, None, []
 
 

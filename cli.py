@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def choose_device(name: str, local_rank: int = 0):
-    """The torch.device for --device: auto takes CUDA, then Apple's MPS, then the CPU. Raises UserError if it isn't there."""
+    """The torch.device for --device: auto takes CUDA, then Apple's MPS, then the CPU. Raises UserError if not there."""
     import torch
 
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -74,7 +74,9 @@ def choose_device(name: str, local_rank: int = 0):
     if not there[kind]:
         raise UserError(f"--device {name}: this machine has none that torch can use; auto takes what there is")
     if kind == "cuda" and local_rank >= torch.cuda.device_count():
-        raise UserError(f"{local_rank + 1} processes or more, but {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+        raise UserError(
+            f"{local_rank + 1} processes or more, but {torch.cuda.device_count()} GPUs: lower --nproc_per_node"
+        )
     return torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
 
 

@@ -89,9 +89,9 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         return tiktoken.get_encoding("gpt2")
     except OSError as error:  # requests' ConnectionError is one
         raise UserError(
-            "GPT-2's vocabulary is not on this machine and can't be downloaded "
-            f"({type(error).__name__}).\nHINT: run once with a network and TIKTOKEN_CACHE_DIR set to a directory that this "
-            "machine sees too, or use --tokenizer bytes"
+            f"GPT-2's vocabulary is not on this machine and can't be downloaded ({type(error).__name__}).\nHINT: run"
+            " once with a network and TIKTOKEN_CACHE_DIR set to a directory that this machine sees too, or use"
+            " --tokenizer bytes"
         ) from None
 
 
@@ -111,13 +111,14 @@ def pydoc_documents() -> list[str]:
     import random
     import sysconfig
     import warnings
-
     from pydoc_data.topics import topics
 
     documents = dict.fromkeys(topics.values())
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
-        if {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"} & set(path.parts[len(library.parts) :]):
+        if {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"} & set(
+            path.parts[len(library.parts) :]
+        ):
             continue
         with warnings.catch_warnings(action="ignore"):
             tree = ast.parse(path.read_bytes())
@@ -175,7 +176,9 @@ def open_dataset(config: DataConfig, revision: str | None):
         builder.config.columns = None
         fields = list(next(iter(builder.as_streaming_dataset(split=config.split)), {}))
     if fields and config.text_field not in fields:
-        raise UserError(f"--text_field {config.text_field}: {config.dataset} has no such field; it has {', '.join(fields)}")
+        raise UserError(
+            f"--text_field {config.text_field}: {config.dataset} has no such field; it has {', '.join(fields)}"
+        )
     return stream.select_columns([config.text_field]).with_format("arrow")
 
 
@@ -202,8 +205,8 @@ def dataset_batches(config: DataConfig, revision: str | None, state: dict | None
                 raise UserError(f"--dataset {config.dataset} can't be read: {first_line(error)}") from None
             if failures == len(PAUSES) or (state is None and failures == 2):
                 raise UserError(
-                    f"{config.dataset} can't be fetched from the Hub: {first_line(error)}\n"
-                    "HINT: check the network and run the same command again; what is written stays and is not fetched again",
+                    f"{config.dataset} can't be fetched from the Hub: {first_line(error)}\nHINT: check the network and"
+                    " run the same command again; what is written stays and is not fetched again",
                     code=2 if state is None else 1,
                 ) from None
             tqdm.write(f"network: {first_line(error)}; next try in {PAUSES[failures]} s", file=sys.stderr)
@@ -353,8 +356,10 @@ def start_manifest(config: DataConfig) -> dict:
     if config.max_tokens is not None and written > config.max_tokens:
         differences.append(f"max_tokens is {config.max_tokens}, {written} are written")
     if differences:
-        raise UserError(f"{config.data_dir} was begun with other settings: {'; '.join(differences)}.\n"
-                        "HINT: choose another --data_dir, or delete this one")  # fmt: skip
+        raise UserError(
+            f"{config.data_dir} was begun with other settings: {'; '.join(differences)}.\n"
+            "HINT: choose another --data_dir, or delete this one"
+        )
     return old
 
 
@@ -398,7 +403,9 @@ def generate(config: DataConfig, manifest: dict) -> None:
         else:
             batches = dataset_batches(config, manifest["revision"], source)
         arrays = tokenized(checked(batches, config.text_field, documents), pool, in_flight=2 * config.num_proc)
-        bar = tqdm(total=expected, initial=total, unit=" tokens", unit_scale=True, desc=f"shard {len(manifest['shards'])}")
+        bar = tqdm(
+            total=expected, initial=total, unit=" tokens", unit_scale=True, desc=f"shard {len(manifest['shards'])}"
+        )
         with bar:
             for tokens, source_after, documents_in_batch in arrays:
                 if config.max_tokens is not None:
@@ -421,8 +428,8 @@ def generate(config: DataConfig, manifest: dict) -> None:
 
     if not manifest["shards"]:
         raise UserError(
-            f"{config.dataset} has {total:,} tokens, which all fit into shard 0, the validation shard: nothing is left to "
-            f"train on.\nHINT: --shard_size {max(1, total // 10)}"
+            f"{config.dataset} has {total:,} tokens, which all fit into shard 0, the validation shard: nothing is left"
+            f" to train on.\nHINT: --shard_size {max(1, total // 10)}"
         )
     if filled:
         write_shard(data_dir, buffer[:filled], manifest)
@@ -431,7 +438,7 @@ def generate(config: DataConfig, manifest: dict) -> None:
 
 
 def verify(config: DataConfig) -> int:
-    """Check every shard of data_dir against its manifest: presence, size, sha256, type and ids. Returns an exit code."""
+    """Check every shard of data_dir against its manifest: presence, size, sha256, type and ids; the exit code."""
     manifest = read_manifest(config.data_dir)
     if manifest is None:
         raise UserError(f"{config.data_dir} has no manifest.json to verify against")
@@ -444,7 +451,9 @@ def verify(config: DataConfig) -> int:
                 if sha256(path) != shard["sha256"]:
                     raise UserError(f"{path}: its sha256 is not the manifest's")
                 if tokens.max() >= manifest["vocab_size"]:
-                    raise UserError(f"{path}: token {tokens.max()} is not below the vocabulary's {manifest['vocab_size']}")
+                    raise UserError(
+                        f"{path}: token {tokens.max()} is not below the vocabulary's {manifest['vocab_size']}"
+                    )
             except UserError as error:
                 bad.append(str(error))
             bar.update(2 * shard["tokens"])
@@ -503,8 +512,9 @@ class TokenLoader:
         per_micro_step = seq_len * batch_size * world_size
         if total_batch_size % per_micro_step:
             raise UserError(
-                f"--total_batch_size {total_batch_size} is not a multiple of --batch_size {batch_size} x --seq_len {seq_len} "
-                f"x {world_size} ranks = {per_micro_step}\n" + what_fits(seq_len, batch_size, total_batch_size, world_size)
+                f"--total_batch_size {total_batch_size} is not a multiple of --batch_size {batch_size} x --seq_len"
+                f" {seq_len} x {world_size} ranks = {per_micro_step}\n"
+                + what_fits(seq_len, batch_size, total_batch_size, world_size)
             )
         self.micro_steps = total_batch_size // per_micro_step
         self.sequences_per_step = total_batch_size // seq_len
@@ -523,24 +533,23 @@ class TokenLoader:
         self.complete = manifest is None or manifest["complete"]
         self.tokenizer = manifest["tokenizer"] if manifest else "gpt2"
         self.n_vocab = manifest["vocab_size"] if manifest else 50257
-        self.dataset = manifest["dataset"] if manifest else None
+        self.origin = {key: manifest[key] if manifest else None for key in ("dataset", "name", "revision")}
+        contents = [(path.name, len(shard)) for path, shard in zip(self.paths, self.shards, strict=True)]
+        contents += [shard["sha256"] for shard in manifest["shards"]] if manifest else []
+        self.digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
         self.sequences = (self.tokens - 1) // seq_len
         self.steps = self.sequences // self.sequences_per_step  # whole ones, before a sequence comes a second time
         if self.steps == 0:
             raise UserError(
-                f"the {split} shards of {data_dir} have {self.tokens:,} tokens, one step needs {total_batch_size + 1:,} "
-                "(--total_batch_size and one): take a smaller one, or more data"
+                f"the {split} shards of {data_dir} have {self.tokens:,} tokens, one step needs {total_batch_size + 1:,}"
+                " (--total_batch_size and one): take a smaller one, or more data"
             )
         self.worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="tokens")
         self.ahead = {}  # (step, micro_step) -> future of the batch that will be wanted next
 
     def identity(self) -> dict:
-        """What makes it the same data, for a run that is continued: plain data, the same wherever the directory lies."""
-        names = [(path.name, len(shard)) for path, shard in zip(self.paths, self.shards, strict=True)]
-        manifest = read_manifest(self.paths[0].parent)
-        contents = [shard["sha256"] for shard in manifest["shards"]] if manifest else None
-        digest = hashlib.sha256(json.dumps([names, contents]).encode()).hexdigest()
-        return {"dataset": self.dataset, "tokenizer": self.tokenizer, "tokens": self.tokens, "sha256": digest}
+        """What makes it the same data for a run that is continued, wherever the directory lies: plain data."""
+        return self.origin | {"tokenizer": self.tokenizer, "tokens": self.tokens, "sha256": self.digest}
 
     def batches(self, step: int):
         """Yield the micro-batches of this rank at a step: (x, y), each (B, T) int64; y is x one token ahead.
@@ -573,8 +582,10 @@ class TokenLoader:
             offset = start - (int(self.ends[shard - 1]) if shard else 0)
             part = self.shards[shard][offset : offset + count].astype(np.int64)
             if part.max() >= self.n_vocab:
-                raise UserError(f"{self.paths[shard]} has token {part.max()}, which is not below the vocabulary's "
-                                f"{self.n_vocab}: the file is damaged, or made with another tokenizer")  # fmt: skip
+                raise UserError(
+                    f"{self.paths[shard]} has token {part.max()}, which is not below the vocabulary's "
+                    f"{self.n_vocab}: the file is damaged, or made with another tokenizer"
+                )
             parts.append(part)
             start, count, shard = start + len(part), count - len(part), shard + 1
         return np.concatenate(parts)
@@ -607,8 +618,10 @@ def main(argv=None) -> int:
     if config.verify:
         return verify(config)
     if config.max_tokens is not None and config.max_tokens <= config.shard_size:
-        raise UserError(f"--max_tokens {config.max_tokens} all fit into shard 0, the validation shard: nothing is left to train "
-                        f"on.\nHINT: --shard_size {max(1, config.max_tokens // 10)}")  # fmt: skip
+        raise UserError(
+            f"--max_tokens {config.max_tokens} all fit into shard 0, the validation shard: nothing is left to train "
+            f"on.\nHINT: --shard_size {max(1, config.max_tokens // 10)}"
+        )
     start = time.time()
     with only_writer(config.data_dir):
         manifest = start_manifest(config)
@@ -616,21 +629,34 @@ def main(argv=None) -> int:
         if not manifest["complete"]:
             check_space(config, sum(shard["tokens"] for shard in manifest["shards"]))
             source = "Python's own documentation" if config.dataset == "pydoc" else config.dataset
-            print(f"{source} -> {config.data_dir}, tokenizer {config.tokenizer}, shards of {config.shard_size:,} tokens"
-                  + (f"; going on after {before} shards" if before else ""), flush=True)  # fmt: skip
+            print(
+                f"{source} -> {config.data_dir}, tokenizer {config.tokenizer}, shards of {config.shard_size:,} tokens"
+                + (f"; going on after {before} shards" if before else ""),
+                flush=True,
+            )
             try:
                 generate(config, manifest)
             except concurrent.futures.process.BrokenProcessPool:
-                raise UserError("a tokenizing process was killed (out of memory?).\n"
-                                "HINT: run the same command again, perhaps with a smaller --num_proc", code=1) from None  # fmt: skip
+                raise UserError(
+                    "a tokenizing process was killed (out of memory?).\n"
+                    "HINT: run the same command again, perhaps with a smaller --num_proc",
+                    code=1,
+                ) from None
     shards = manifest["shards"]
     tokens, documents = (sum(shard[key] for shard in shards) for key in ("tokens", "documents"))
     seconds = f" in {time.time() - start:.0f} s" if len(shards) > before else "; it was complete already"
-    print(f"{config.data_dir}: {documents:,} documents, {tokens:,} tokens, {len(shards)} shards, {2 * tokens:,} bytes{seconds}")
+    print(
+        f"{config.data_dir}: {documents:,} documents, {tokens:,} tokens, {len(shards)} shards, {2 * tokens:,}"
+        f" bytes{seconds}"
+    )
     if shards[-1]["tokens"] < config.shard_size:
         print(f"the last shard is shorter, as it should be: {shards[-1]['tokens']:,} tokens")
     preset = " --preset demo" if config.preset == "demo" else ""
-    where = "" if config.data_dir == (PRESETS[config.preset] or vars(DataConfig))["data_dir"] else f" --data_dir {config.data_dir}"
+    where = (
+        ""
+        if config.data_dir == (PRESETS[config.preset] or vars(DataConfig))["data_dir"]
+        else f" --data_dir {config.data_dir}"
+    )
     print(f"next: python train.py{preset}{where}")
     return 0
 

@@ -57,8 +57,10 @@ def only_writer(directory):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise UserError(f"{directory} is being written by {file.read().strip() or 'another process'}: wait for it, "
-                            "or choose another directory") from None  # fmt: skip
+            raise UserError(
+                f"{directory} is being written by {file.read().strip() or 'another process'}: wait for it, "
+                "or choose another directory"
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -50,8 +50,8 @@ class HellaSwagConfig:
 
 
 def load_examples(path: str | None = None, style: str = "completion") -> list[dict]:
-    """The examples of a .jsonl file, or the validation set from the Hub (`datasets` fetches it once, whichever rank comes
-    first, and keeps it). Raises UserError naming the line of a bad example, or if the data can't be had."""
+    """The examples of a .jsonl file, or the validation set from the Hub (`datasets` fetches it once, whichever rank
+    comes first, and keeps it). Raises UserError naming the line of a bad example, or if the data can't be had."""
     if path is None:
         where, examples = "Rowan/hellaswag", fetch_examples()
         lines = enumerate(examples, start=1)
@@ -77,7 +77,10 @@ def load_examples(path: str | None = None, style: str = "completion") -> list[di
 def fetch_examples():
     import datasets
 
-    hint = "HINT: give a .jsonl file (--data, in train.py --hellaswag_data), or switch it off (in train.py --hellaswag_every 0)"
+    hint = (
+        "HINT: give a .jsonl file (--data, in train.py --hellaswag_data), or switch it off (in train.py"
+        " --hellaswag_every 0)"
+    )
     try:
         examples = datasets.load_dataset("Rowan/hellaswag", split="validation")
     except Exception as error:  # the Hub's errors are of many kinds, some of libraries below it
@@ -135,12 +138,14 @@ class Questions:
     lengths: np.ndarray  # (n, 4)
 
 
-def prepare(examples: list[dict], encoding: tiktoken.Encoding, style: str, block_size: int, token_budget: int) -> Questions:
+def prepare(
+    examples: list[dict], encoding: tiktoken.Encoding, style: str, block_size: int, token_budget: int
+) -> Questions:
     """Tokenize examples, once for every evaluation.
 
-    The four endings share their context, so they stand one after the other in one row, and a mask keeps each from seeing
-    the others. Context that does not fit into block_size is cut on the left. Rows of like length share a batch of about
-    token_budget tokens.
+    The four endings share their context, so they stand one after the other in one row, and a mask keeps each from
+    seeing the others. Context that does not fit into block_size is cut on the left. Rows of like length share a
+    batch of about token_budget tokens.
     """
     rows, lengths = [], np.ones((len(examples), 4))
     for number, example in enumerate(examples):
@@ -148,7 +153,9 @@ def prepare(examples: list[dict], encoding: tiktoken.Encoding, style: str, block
         for choice, ending in enumerate(example["endings"]):
             context, tokens, lengths[number, choice] = encode_choice(example, ending, encoding, style)
             if not context or not tokens or len(tokens) > block_size:
-                raise UserError(f"HellaSwag example {number + 1}: its context or ending {choice + 1} is empty or too long")
+                raise UserError(
+                    f"HellaSwag example {number + 1}: its context or ending {choice + 1} is empty or too long"
+                )
             context = tuple(context[-(block_size + 1 - len(tokens)) :])  # all but the last token are inputs
             contexts.setdefault(context, []).append((4 * number + choice, tokens))
         rows += contexts.items()
@@ -192,7 +199,7 @@ def collate(rows) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def losses(model: GPT, questions: Questions, progress: bool = False) -> np.ndarray:
-    """Summed loss of each ending in nats, (n, 4). The head is computed where an ending is predicted and nowhere else."""
+    """Summed loss of each ending in nats, (n, 4). The head is computed where an ending is predicted, nowhere else."""
     device = model.lm_head.weight.device
     sums = torch.zeros(4 * len(questions.labels), device=device)
     for batch in tqdm(questions.batches, desc="hellaswag", unit=" batches", disable=not progress):

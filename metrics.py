@@ -93,7 +93,7 @@ def read_run(log_dir) -> dict:
 
 
 def flops_per_token(config: GPTConfig, seq_len: int) -> float:
-    """Floating point operations that learning from one token takes: 6 N + 12 L H Q T (Chowdhery et al. 2022, appendix B).
+    """Floating point operations to learn from one token: 6 N + 12 L H Q T (Chowdhery et al. 2022, appendix B).
 
     N: the weights of the matrices that multiply, 12 L C^2 + V C; no positions, biases or norms. 124M: 854.65e6.
     """
@@ -118,7 +118,7 @@ def duration(seconds: float) -> str:
 
 
 def plot(log_dir) -> Path | None:
-    """Draw LOG_DIR/curve.png: loss, and HellaSwag if it was measured, over steps and tokens. None without a loss yet."""
+    """Draw LOG_DIR/curve.png: loss, and HellaSwag if measured, over steps and tokens; None if there is no loss."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -127,7 +127,9 @@ def plot(log_dir) -> Path | None:
         return None
     tokens_per_step = run.get("tokens_per_step", 0)
     # OpenAI's loss is comparable on the same validation tokens only
-    comparable = run.get("data", {}).get("dataset") == "HuggingFaceFW/fineweb-edu" and run["data"]["tokenizer"] == "gpt2"
+    comparable = (
+        run.get("data", {}).get("dataset") == "HuggingFaceFW/fineweb-edu" and run["data"]["tokenizer"] == "gpt2"
+    )
     with_hella = "hella" in log
     figure = Figure(figsize=(12 if with_hella else 8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -144,13 +146,20 @@ def plot(log_dir) -> Path | None:
         axes[0].set_ylim(min(low, GPT2_VAL_LOSS if comparable else low) - 0.1, max(min(high, low + 3), low + 0.5))
     if comparable:
         axes[0].axhline(GPT2_VAL_LOSS, color="tab:red", linestyle="--", label=f"OpenAI GPT-2 124M ({GPT2_VAL_LOSS})")
-    axes[0].set(xlabel="step", ylabel=f"loss (nats per {'byte' if run.get('data', {}).get('tokenizer') == 'bytes' else 'token'})")
+    axes[0].set(
+        xlabel="step",
+        ylabel=f"loss (nats per {'byte' if run.get('data', {}).get('tokenizer') == 'bytes' else 'token'})",
+    )
     if with_hella:
         steps, scores = zip(*log["hella"], strict=True)
         axes[1].plot(steps, scores, "o-", color="tab:blue", markersize=4, label=f"this model ({scores[-1]:.4f})")
         if comparable:
-            axes[1].axhline(GPT2_HELLASWAG, color="tab:red", linestyle="--", label=f"OpenAI GPT-2 124M ({GPT2_HELLASWAG})")
-            axes[1].axhline(GPT3_HELLASWAG, color="tab:green", linestyle="--", label=f"OpenAI GPT-3 124M ({GPT3_HELLASWAG})")
+            axes[1].axhline(
+                GPT2_HELLASWAG, color="tab:red", linestyle="--", label=f"OpenAI GPT-2 124M ({GPT2_HELLASWAG})"
+            )
+            axes[1].axhline(
+                GPT3_HELLASWAG, color="tab:green", linestyle="--", label=f"OpenAI GPT-3 124M ({GPT3_HELLASWAG})"
+            )
         axes[1].set(xlabel="step", ylabel="HellaSwag acc_norm")
     for axis in axes:
         axis.grid(alpha=0.3)
@@ -159,8 +168,10 @@ def plot(log_dir) -> Path | None:
             top = axis.secondary_xaxis("top", functions=(lambda s: s * tokens_per_step, lambda t: t / tokens_per_step))
             top.set_xlabel("tokens")
     if run:
-        figure.suptitle(f"{Path(log_dir).resolve().parent.name}/{Path(log_dir).resolve().name}: "
-                        f"{run['parameters'] / 1e6:,.1f}M parameters, {run['hardware']}")  # fmt: skip
+        figure.suptitle(
+            f"{Path(log_dir).resolve().parent.name}/{Path(log_dir).resolve().name}: "
+            f"{run['parameters'] / 1e6:,.1f}M parameters, {run['hardware']}"
+        )
     path = Path(log_dir) / "curve.png"
     with whole_file(path) as file:
         figure.savefig(file, format="png", dpi=120)

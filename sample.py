@@ -1,8 +1,8 @@
 """The model's voice: a prompt in, text out.
 
-    python sample.py "Hello, I'm a language model," --model log/model_checkpoint.pt
-    python sample.py --model gpt2 --prompt_file prompt.txt --num_samples 1 --temperature 0.8
-    echo "def main():" | python sample.py - --model demo/log/model_checkpoint.pt
+python sample.py "Hello, I'm a language model," --model log/model_checkpoint.pt
+python sample.py --model gpt2 --prompt_file prompt.txt --num_samples 1 --temperature 0.8
+echo "def main():" | python sample.py - --model demo/log/model_checkpoint.pt
 """
 
 import codecs

@@ -73,7 +73,7 @@ class TrainConfig:
     keep_every: int = 5000  # checkpoints at multiples of it are kept for good; 0: only the last two
     # the machine
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # precision of the matrices; auto: bfloat16 on GPUs that have it
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrices; auto: bfloat16 on GPUs that have it
     compile: bool | None = None  # torch.compile the model (default: on CUDA)
     timeout: int = 600  # seconds that ranks wait for each other
     seed: int = 1337  # of the first weights
@@ -86,8 +86,9 @@ PRESETS = {
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
     "demo": {
         "data_dir": "demo/data", "log_dir": "demo/log", "n_layer": 4, "n_head": 4, "n_embd": 128, "seq_len": 64,
-        "batch_size": 12, "total_batch_size": 768, "max_steps": 6000, "warmup_steps": 100, "max_lr": 3e-3, "min_lr": 3e-4,
-        "val_every": 1000, "val_tokens": 76_800, "hellaswag_every": 0, "sample_every": 2000, "save_every": 1000,
+        "batch_size": 12, "total_batch_size": 768, "max_steps": 3000, "warmup_steps": 100, "max_lr": 3e-3,
+        "min_lr": 3e-4, "val_every": 500, "val_tokens": 76_800, "hellaswag_every": 0, "sample_every": 1000,
+        "save_every": 500, "keep_every": 0,
     },
 }  # fmt: skip
 
@@ -116,7 +117,9 @@ def due(step: int, every: int, max_steps: int) -> bool:
 
 def check_config(config: TrainConfig) -> None:
     """Raise UserError for a value that can't be meant."""
-    least = dict.fromkeys((*MODEL_FLAGS, "total_batch_size", "batch_size", "seq_len", "max_steps", "val_tokens", "timeout"), 1)
+    least = dict.fromkeys(
+        (*MODEL_FLAGS, "total_batch_size", "batch_size", "seq_len", "max_steps", "val_tokens", "timeout"), 1
+    )
     least |= dict.fromkeys([field.name for field in dataclasses.fields(config) if field.name.endswith("_every")], 0)
     least |= {"warmup_steps": 0, "min_lr": 0, "weight_decay": 0, "seed": 0}
     for name, bound in least.items():
@@ -129,8 +132,10 @@ def check_config(config: TrainConfig) -> None:
     if config.min_lr > config.max_lr:
         raise UserError(f"--min_lr {config.min_lr} is above --max_lr {config.max_lr}")
     if config.val_every and config.val_tokens < config.total_batch_size:
-        raise UserError(f"--val_tokens {config.val_tokens} is less than one step, --total_batch_size {config.total_batch_size}: "
-                        "it must be a multiple of it")  # fmt: skip
+        raise UserError(
+            f"--val_tokens {config.val_tokens} is less than one step, --total_batch_size {config.total_batch_size}: "
+            "it must be a multiple of it"
+        )
 
 
 def first_model(config: TrainConfig, loader: TokenLoader) -> GPT:
@@ -148,7 +153,9 @@ def first_model(config: TrainConfig, loader: TokenLoader) -> GPT:
         model, tokenizer = load_model(config.init_from)
         check_shape(given, model.config, f"--init_from {config.init_from}")
         if tokenizer != loader.tokenizer:
-            raise UserError(f"--init_from {config.init_from} reads {tokenizer} tokens, {config.data_dir} has {loader.tokenizer}")
+            raise UserError(
+                f"--init_from {config.init_from} reads {tokenizer} tokens, {config.data_dir} has {loader.tokenizer}"
+            )
     if config.seq_len > model.config.block_size:
         raise UserError(f"--seq_len {config.seq_len} is more than the model's block_size {model.config.block_size}")
     if loader.n_vocab > model.config.vocab_size:
@@ -159,7 +166,9 @@ def first_model(config: TrainConfig, loader: TokenLoader) -> GPT:
 def check_shape(given: dict, shape: GPTConfig, where: str) -> None:
     for name, value in given.items():
         if value != getattr(shape, name):
-            raise UserError(f"--{name} {value} contradicts {where}, which has {getattr(shape, name)}: leave the flag out")
+            raise UserError(
+                f"--{name} {value} contradicts {where}, which has {getattr(shape, name)}: leave the flag out"
+            )
 
 
 def check_same_run(config: TrainConfig, data: dict, checkpoint: dict, path) -> None:
@@ -167,15 +176,19 @@ def check_same_run(config: TrainConfig, data: dict, checkpoint: dict, path) -> N
     if "optimizer" not in checkpoint:
         raise UserError(f"{path} has weights only, no run to continue: use --init_from {path} and another --log_dir")
     now, then, shape = vars(config), checkpoint["train_config"], vars(checkpoint["config"])
-    pairs = [(name, then.get(name, value), value) for name, value in now.items() if name not in {*MAY_CHANGE, *MODEL_FLAGS}]
+    pairs = [
+        (name, then.get(name, value), value) for name, value in now.items() if name not in {*MAY_CHANGE, *MODEL_FLAGS}
+    ]
     pairs += [(name, shape[name], now[name]) for name in MODEL_FLAGS if now[name] is not None]
     pairs += [(f"data ({name})", checkpoint["data"].get(name), value) for name, value in data.items()]
     differences = [f"{name} was {before}, is {value}" for name, before, value in pairs if before != value]
     if config.max_steps < max(checkpoint["step"], then["max_steps"]):
         differences.append(f"max_steps was {then['max_steps']}, is {config.max_steps}, and may only grow")
     if differences:
-        raise UserError(f"{path} is of a run with other settings: {'; '.join(differences)}.\n"
-                        "HINT: choose another --log_dir for a new run, or give the old settings to continue this one")  # fmt: skip
+        raise UserError(
+            f"{path} is of a run with other settings: {'; '.join(differences)}.\n"
+            "HINT: choose another --log_dir for a new run, or give the old settings to continue this one"
+        )
 
 
 def ranks_agree(raw_model: GPT, step: int, world_size: int) -> None:
@@ -187,8 +200,11 @@ def ranks_agree(raw_model: GPT, step: int, world_size: int) -> None:
     everyone = [torch.empty_like(mine) for _ in range(world_size)]
     dist.all_gather(everyone, mine)
     if different := [rank for rank, theirs in enumerate(everyone) if not torch.equal(theirs, everyone[0])]:
-        raise UserError(f"at step {step} the weights of ranks {different} differ from rank 0's: nothing is saved.\n"
-                        "HINT: a GPU or its memory may be failing; the same command goes on from the last checkpoint", code=1)  # fmt: skip
+        raise UserError(
+            f"at step {step} the weights of ranks {different} differ from rank 0's: nothing is saved.\n"
+            "HINT: a GPU or its memory may be failing; the same command goes on from the last checkpoint",
+            code=1,
+        )
 
 
 @torch.no_grad()
@@ -218,7 +234,9 @@ def hellaswag_score(raw_model: GPT, questions, n: int, device, autocast, world_s
 def hardware(device: torch.device, world_size: int) -> str:
     if device.type == "cuda":
         return f"{world_size} x {torch.cuda.get_device_name(device)}"
-    return f"{world_size} x {device.type}" + (f" with {torch.get_num_threads()} threads" if device.type == "cpu" else "")
+    return f"{world_size} x {device.type}" + (
+        f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    )
 
 
 def peak_memory(device: torch.device) -> float:
@@ -232,8 +250,9 @@ def peak_memory(device: torch.device) -> float:
 
 def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
     # ---- who we are
-    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
-                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
+    rank, world_size, local_rank = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     say = functools.partial(print, flush=True) if rank == 0 else lambda *words: None
     check_config(config)
     device = choose_device(config.device, local_rank)
@@ -255,7 +274,9 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
         stack.enter_context(only_writer(config.log_dir))
     checkpoint, path, damaged = newest_checkpoint(config.log_dir)
     if checkpoint and config.resume == "never":
-        raise UserError(f"{config.log_dir} has checkpoints: choose another --log_dir, or --resume auto to go on from {path.name}")
+        raise UserError(
+            f"{config.log_dir} has checkpoints: choose another --log_dir, or --resume auto to go on from {path.name}"
+        )
     if checkpoint:
         check_same_run(config, data, checkpoint, path)
         raw_model = GPT(checkpoint["config"])
@@ -264,12 +285,15 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
     else:
         raw_model, start_step, val_loss = first_model(config, train_loader), 0, None
     gpt_config = raw_model.config
-    questions = hellaswag.prepare(examples[rank::world_size], encoding, "completion", gpt_config.block_size,
-                                  hellaswag.token_budget(device))  # fmt: skip
+    questions = hellaswag.prepare(
+        examples[rank::world_size], encoding, "completion", gpt_config.block_size, hellaswag.token_budget(device)
+    )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=config.timeout))
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=config.timeout)
+        )
     raw_model.to(device).train()
     ranks_agree(raw_model, start_step, world_size)
     optimizer = raw_model.configure_optimizers(config.weight_decay, config.max_lr)
@@ -285,25 +309,41 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
     # ---- the run's arithmetic, before it costs anything
     parameters = sum(parameter.numel() for parameter in raw_model.parameters())
     epochs = config.max_steps * config.total_batch_size / train_loader.tokens
-    say(f"model: {parameters:,} parameters, {gpt_config.n_layer} layers, {gpt_config.n_head} heads, {gpt_config.n_embd} channels, "
-        f"{gpt_config.vocab_size} rows for {encoding.n_vocab} tokens; {'new' if config.init_from == 'scratch' else config.init_from}")  # fmt: skip
-    say(f"data: {train_loader.tokens:,} training tokens in {config.data_dir}; {config.max_steps:,} steps of "
-        f"{config.total_batch_size:,} tokens are {epochs:.2f} epochs")  # fmt: skip
-    say(f"machine: {hardware(device, world_size)}, {'bfloat16' if bf16 else 'float32'}, {'compiled' if compiled else 'not compiled'}; "
-        f"{train_loader.micro_steps} micro-batches of {config.batch_size} x {config.seq_len} tokens per process and step")  # fmt: skip
+    say(
+        f"model: {parameters:,} parameters, {gpt_config.n_layer} layers, {gpt_config.n_head} heads, {gpt_config.n_embd}"
+        f" channels, {gpt_config.vocab_size} rows for {encoding.n_vocab} tokens;"
+        f" {'new' if config.init_from == 'scratch' else config.init_from}"
+    )
+    say(
+        f"data: {train_loader.tokens:,} training tokens in {config.data_dir}; {config.max_steps:,} steps of "
+        f"{config.total_batch_size:,} tokens are {epochs:.2f} epochs"
+    )
+    say(
+        f"machine: {hardware(device, world_size)}, {'bfloat16' if bf16 else 'float32'},"
+        f" {'compiled' if compiled else 'not compiled'}; {train_loader.micro_steps} micro-batches of"
+        f" {config.batch_size} x {config.seq_len} tokens per process and step"
+    )
     if device.type == "cuda" and not has_bf16 and config.dtype == "auto":
         say("this GPU has no bfloat16: training in float32, at a fraction of the speed")
     if not train_loader.complete:
-        say(f"warning: {config.data_dir} is not complete: run data_generator.py again, or expect to see its tokens more often")
+        say(
+            f"warning: {config.data_dir} is not complete: run data_generator.py again, or expect to see its tokens more"
+            " often"
+        )
     if val_loader and val_steps * config.total_batch_size != config.val_tokens:
-        say(f"validation uses {val_steps * config.total_batch_size:,} tokens, the whole steps of {config.val_tokens:,} wanted and "
-            f"{val_loader.tokens:,} there")  # fmt: skip
+        say(
+            f"validation uses {val_steps * config.total_batch_size:,} tokens, the whole steps of {config.val_tokens:,}"
+            f" wanted and {val_loader.tokens:,} there"
+        )
     for reason in damaged:
         say(f"WARNING: {reason}: passed over")
     if checkpoint:
         say(f"going on from {path}, after {start_step:,} steps")
         if config.max_steps > checkpoint["train_config"]["max_steps"]:
-            say(f"max_steps was {checkpoint['train_config']['max_steps']}: from here the cosine ends at {config.max_steps}")
+            say(
+                f"max_steps was {checkpoint['train_config']['max_steps']}: from here the cosine ends at"
+                f" {config.max_steps}"
+            )
     flops = metrics.flops_per_token(gpt_config, config.seq_len)
     peak_flops = metrics.peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" and bf16 else None
 
@@ -312,12 +352,20 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
         log = metrics.Log(config.log_dir, start_step)
         if damaged:
             point_newest(path)
-        metrics.write_run(config.log_dir, {
-            "config": vars(config), "model": vars(gpt_config), "data": data, "parameters": parameters,
-            "tokens_per_step": config.total_batch_size, "hardware": hardware(device, world_size),
-            "precision": "bfloat16" if bf16 else "float32", "compiled": compiled,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        })  # fmt: skip
+        metrics.write_run(
+            config.log_dir,
+            {
+                "config": vars(config),
+                "model": vars(gpt_config),
+                "data": data,
+                "parameters": parameters,
+                "tokens_per_step": config.total_batch_size,
+                "hardware": hardware(device, world_size),
+                "precision": "bfloat16" if bf16 else "float32",
+                "compiled": compiled,
+                "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            },
+        )
 
     # a signal only leaves a note; the ranks read it together at the end of the step
     received, parent = [], os.getppid()
@@ -334,11 +382,20 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
         log.sync()
         start = time.time()
         try:
-            saved = save_checkpoint(config.log_dir, config.keep_every, {
-                "model": raw_model.state_dict(), "config": gpt_config, "step": step, "val_loss": val_loss,
-                "tokenizer": train_loader.tokenizer, "optimizer": optimizer.state_dict(),
-                "train_config": vars(config), "data": data,
-            })  # fmt: skip
+            saved = save_checkpoint(
+                config.log_dir,
+                config.keep_every,
+                {
+                    "model": raw_model.state_dict(),
+                    "config": gpt_config,
+                    "step": step,
+                    "val_loss": val_loss,
+                    "tokenizer": train_loader.tokenizer,
+                    "optimizer": optimizer.state_dict(),
+                    "train_config": vars(config),
+                    "data": data,
+                },
+            )
         except SaveError as error:
             say(f"WARNING: {error}; earlier checkpoints are intact")
             return False
@@ -394,6 +451,7 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
         if world_size > 1:
             dist.all_reduce(shared)
         loss, *notes, norm = torch.cat((shared, norm.view(1))).tolist()
+        seconds = [*seconds[-49:], time.time() - step_start]
         if math.isfinite(loss) and math.isfinite(norm):  # the same on every rank: both are sums over all of them
             optimizer.step()
             skips = 0
@@ -404,11 +462,11 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
         optimizer.zero_grad()
         stop = next((number for number, count in zip(SIGNALS, notes, strict=True) if count), 0)
         if skips == SKIPS_IN_A_ROW:
-            raise UserError(f"loss or gradient were not finite {skips} times in a row, up to step {step}.\nHINT: the last good "
-                            f"checkpoint is in {config.log_dir}; try a lower --max_lr or --dtype float32 from there", code=1)  # fmt: skip
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = [*seconds[-49:], time.time() - step_start]
+            raise UserError(
+                f"loss or gradient were not finite {skips} times in a row, up to step {step}.\nHINT: the last good "
+                f"checkpoint is in {config.log_dir}; try a lower --max_lr or --dtype float32 from there",
+                code=1,
+            )
         tok_s = config.total_batch_size / seconds[-1]
         speed = {"tok_s": tok_s}
         if peak_flops:
@@ -418,12 +476,16 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
             last_line = time.time()
             eta = metrics.duration((config.max_steps - step - 1) * sorted(seconds)[len(seconds) // 2])
             mfu = f" | MFU {speed['mfu']:.1%}" if peak_flops else ""
-            say(f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {1000 * seconds[-1]:.0f} ms | {tok_s:,.0f} tok/s"
-                f"{mfu} | ETA {eta}")  # fmt: skip
+            say(
+                f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {1000 * seconds[-1]:.0f} ms |"
+                f" {tok_s:,.0f} tok/s{mfu} | ETA {eta}"
+            )
 
     # ---- the end
     if not saved:
-        raise UserError(f"the last checkpoint could not be saved in {config.log_dir}: make room and run the same command", code=1)
+        raise UserError(
+            f"the last checkpoint could not be saved in {config.log_dir}: make room and run the same command", code=1
+        )
     if stop:
         say(f"stopped by {signal.Signals(stop).name} after {step:,} steps, saved; the same command goes on from here")
         return 128 + stop
@@ -431,8 +493,10 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
         say(f"finished at step {step}: raise --max_steps or choose another --log_dir")
     else:
         say(f"done: {step:,} steps, peak memory {peak_memory(device):.1f} GB per process")
-    say(f"next: python sample.py --model {config.log_dir}/model_checkpoint.pt\n"
-        f"      python export.py --model {config.log_dir}/model_checkpoint.pt --out GPT124M")  # fmt: skip
+    say(
+        f"next: python sample.py --model {config.log_dir}/model_checkpoint.pt\n"
+        f"      python export.py --model {config.log_dir}/model_checkpoint.pt --out GPT124M"
+    )
     return 0
 
 
@@ -455,8 +519,10 @@ def main(argv=None) -> int:
                 dist.destroy_process_group()
             return code
     except torch.OutOfMemoryError:
-        raise UserError(f"--batch_size {config.batch_size} does not fit into the memory of the GPU.\n"
-                        f"HINT: --batch_size {max(1, config.batch_size // 2)} needs about half; the result is the same") from None  # fmt: skip
+        raise UserError(
+            f"--batch_size {config.batch_size} does not fit into the memory of the GPU.\n"
+            f"HINT: --batch_size {max(1, config.batch_size // 2)} needs about half; the result is the same"
+        ) from None
 
 
 if __name__ == "__main__":

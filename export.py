@@ -1,0 +1,427 @@
+"""The published model: a folder in Hugging Face's format, its model card, and the upload.
+
+python export.py --model log/model_checkpoint.pt --out GPT124M
+python export.py --model log/model_checkpoint.pt --push_to_hub YOUR_NAME/GPT124M        private; first `hf auth login`
+python export.py --model demo/log/model_checkpoint.pt --out demo/GPT --overwrite
+"""
+
+import json
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from checkpoint import load_checkpoint, load_model
+from cli import UserError, command, parse
+from data_generator import get_tokenizer
+from files import sync_directory, whole_file
+from GPT_Modules import GPT, TRANSPOSED, GPTConfig
+from metrics import read_log, read_run
+from sample import stream_text
+
+END = "<|endoftext|>"
+TOLERANCE = 1e-4  # between logits of the same weights; cropping the vocabulary changes the order of some sums
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    # the folder
+    model: str = "log/model_checkpoint.pt"  # a checkpoint, an exported folder, or gpt2, gpt2-medium ... from the Hub
+    out: str = "GPT124M"  # folder to write
+    overwrite: bool = False  # replace the folder if it is there
+    # the Hub
+    push_to_hub: str | None = None  # repository to upload to, as YOUR_NAME/GPT124M
+    public: bool = False  # create the repository public (default: private)
+
+
+# ---- tokenizer files ----
+
+
+def byte_characters() -> dict[int, str]:
+    """GPT-2 writes each byte as a printable character: itself where it is one, else the next from code point 256."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+def recover_merges(tokens: list[bytes]) -> list[tuple[bytes, bytes]]:
+    """The BPE merges, in order, from the tokens in order of their ids: each came from joining two that were there."""
+    ids = {token: id for id, token in enumerate(tokens)}
+    merges = []
+    for id, token in enumerate(tokens):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:  # join the pair that was learned first
+            first = min(range(len(parts) - 1), key=lambda i: ids.get(parts[i] + parts[i + 1], id))
+            parts[first : first + 2] = [parts[first] + parts[first + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def tokenizer_files(tokenizer: str, block_size: int) -> dict[str, str]:
+    """{file name: text} of tokenizer.json, vocab.json, merges.txt, tokenizer_config.json, special_tokens_map.json."""
+    encoding, character = get_tokenizer(tokenizer), byte_characters()
+    tokens = [encoding.decode_single_token_bytes(id) for id in range(encoding.eot_token)]
+    merges = [["".join(character[byte] for byte in part) for part in pair] for pair in recover_merges(tokens)]
+    vocab = {"".join(character[byte] for byte in token): id for id, token in enumerate(tokens)}
+    vocab[END] = encoding.eot_token
+    added = {
+        "id": encoding.eot_token,
+        "content": END,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": True,
+        "special": True,
+    }
+    whole = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [added],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
+    names = {"bos_token": END, "eos_token": END, "unk_token": END}
+    settings = {"add_prefix_space": False, "clean_up_tokenization_spaces": False, "model_max_length": block_size}
+    return {
+        "tokenizer.json": json.dumps(whole, indent=2, ensure_ascii=False),
+        "vocab.json": json.dumps(vocab),
+        "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n",
+        "tokenizer_config.json": json.dumps(settings | names | {"tokenizer_class": "GPT2Tokenizer"}, indent=2) + "\n",
+        "special_tokens_map.json": json.dumps(names, indent=2) + "\n",
+    }
+
+
+# ---- model files ----
+
+
+def config_files(config: GPTConfig, end_id: int) -> dict[str, str]:
+    """{file name: text} of config.json and generation_config.json. n_ctx is there for llama.cpp's converter."""
+    ends = {"bos_token_id": end_id, "eos_token_id": end_id}
+    model = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": None,
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        **ends,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "dtype": "float32",
+    }
+    return {
+        "config.json": json.dumps(model, indent=2) + "\n",
+        "generation_config.json": json.dumps(ends | {"pad_token_id": end_id}, indent=2) + "\n",
+    }
+
+
+def export_weights(model: GPT) -> dict[str, torch.Tensor]:
+    """The weights under Hugging Face's names, as OpenAI laid them out: matrices (inputs, outputs), no tied copy."""
+    return {
+        name: (parameter.T if name.endswith(TRANSPOSED) else parameter).detach().contiguous()
+        for name, parameter in model.named_parameters()
+    }
+
+
+def crop(model: GPT, n_vocab: int) -> GPT:
+    """The same model without the rows that pad its vocabulary."""
+    cropped = GPT(GPTConfig(**vars(model.config) | {"vocab_size": n_vocab}))
+    weights = model.state_dict()
+    cropped.load_weights(weights | {"transformer.wte.weight": weights["transformer.wte.weight"][:n_vocab]})
+    return cropped.eval()
+
+
+# ---- the model card ----
+
+
+def model_card(name: str, model: GPT, tokenizer: str, checkpoint: dict, log_dir: Path | None) -> str:
+    """README.md of the folder, from what the checkpoint and its log say; what was not measured is left out."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    data, settings, step = checkpoint.get("data", {}), checkpoint.get("train_config", {}), checkpoint.get("step")
+    run = read_run(log_dir) if log_dir else {}
+    log = (
+        {stream: [value for at, value in points if at <= step] for stream, points in read_log(log_dir).items()}
+        if run
+        else {}
+    )
+    on_hub = re.fullmatch(r"[0-9a-f]{40}", data.get("revision") or "")
+    source = {"pydoc": f"the documentation of Python {data.get('revision')}", None: "unnamed shards"}.get(
+        data.get("dataset"), data.get("dataset")
+    )
+    results = []
+    if checkpoint.get("val_loss") is not None:
+        results.append(
+            EvalResult(
+                "text-generation",
+                data["dataset"] if on_hub else "validation",
+                f"{source}, validation shard",
+                "loss",
+                round(checkpoint["val_loss"], 4),
+                metric_name="loss (nats per token)",
+            )
+        )
+    if log.get("hella"):
+        results.append(
+            EvalResult(
+                "text-generation",
+                "Rowan/hellaswag",
+                "HellaSwag (completion style)",
+                "acc_norm",
+                round(log["hella"][-1], 4),
+                metric_name="acc_norm",
+            )
+        )
+    header = ModelCardData(
+        language="en",
+        license="mit",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["gpt2", "text-generation"],
+        datasets=[data["dataset"]] if on_hub else None,
+        model_name=name,
+        eval_results=results or None,
+    )
+
+    shape = model.config
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    unit = "byte" if tokenizer == "bytes" else "token"
+    lines = ["---", header.to_yaml(), "---", "", f"# {name}", ""]
+    lines += [
+        (
+            f"A GPT-2 of {parameters:,} parameters: {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd}"
+            f" channels, {shape.vocab_size} tokens in the vocabulary, {shape.block_size} of context. Made with GPT124M."
+        ),
+        "",
+    ]
+    if log_dir and (log_dir / "curve.png").exists():
+        lines += ["![Loss over the run](curve.png)", ""]
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        "from transformers import pipeline",
+        "",
+        f'generator = pipeline("text-generation", model="{name}")',
+        f'print(generator("{prompt_for(tokenizer)}", max_new_tokens=50)[0]["generated_text"])',
+        "```",
+        "",
+    ]
+    if settings:
+        tokens = step * settings["total_batch_size"]
+        table = {
+            "data": f"{source}: {tokens:,} tokens seen, {data['tokens']:,} in the data set",
+            "first weights": settings["init_from"],
+            "steps": f"{step:,} of {settings['total_batch_size']:,} tokens, sequences of {settings['seq_len']}",
+            "learning rate": (
+                f"{settings['max_lr']:g} after {settings['warmup_steps']} steps of warm-up, "
+                f"cosine to {settings['min_lr']:g} at step {settings['max_steps']:,}"
+            ),
+            "optimizer": (
+                f"AdamW, betas 0.9 and 0.95, weight decay {settings['weight_decay']:g}, gradients clipped at "
+                f"{settings['grad_clip']:g}"
+            ),
+        }
+        if run:
+            table["hardware"] = f"{run['hardware']}, {run['precision']}"
+        if checkpoint.get("val_loss") is not None:
+            table["validation loss"] = f"{checkpoint['val_loss']:.4f} nats per {unit}"
+        if log.get("hella"):
+            table["HellaSwag"] = f"acc_norm {log['hella'][-1]:.4f} (completion style)"
+        lines += [
+            "## Training",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {key} | {value} |" for key, value in table.items()),
+            "",
+        ]
+    lines += ["## Samples", "", "Temperature 1, the 50 likeliest tokens, not selected:", ""]
+    for seed in range(42, 46):
+        text = prompt_for(tokenizer) + "".join(
+            stream_text(model, get_tokenizer(tokenizer), prompt_for(tokenizer), 64, seed=seed)
+        )
+        lines += ["```text", text.replace("```", "'''"), "```", ""]
+    lines += [
+        "## Limits",
+        "",
+        (
+            "A small base model: it continues text, and does not follow instructions. It repeats what its training "
+            "text holds, errors and prejudices included, and states false things fluently. Don't rely on it for facts."
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def prompt_for(tokenizer: str) -> str:
+    return "Return the " if tokenizer == "bytes" else "Hello, I'm a language model,"
+
+
+# ---- the folder ----
+
+
+def write_folder(config: ExportConfig, folder: Path) -> float:
+    """Write every file into `folder`, read it back, and return the largest difference of logits; raises UserError if
+    it is more than rounding."""
+    from safetensors.torch import save_file
+
+    model, tokenizer = load_model(config.model)
+    path = Path(config.model)
+    checkpoint, log_dir = (load_checkpoint(path), path.resolve().parent) if path.is_file() else ({}, None)
+    encoding = get_tokenizer(tokenizer)
+    exported = crop(model, encoding.n_vocab)
+    name = config.push_to_hub or Path(config.out).resolve().name
+    card = model_card(name, exported, tokenizer, checkpoint, log_dir)
+    texts = {
+        **config_files(exported.config, encoding.eot_token),
+        **tokenizer_files(tokenizer, exported.config.block_size),
+        "README.md": card,
+    }
+    for file_name, text in texts.items():
+        with whole_file(folder / file_name) as file:
+            file.write(text.encode())
+    if log_dir and (log_dir / "curve.png").exists():
+        shutil.copyfile(log_dir / "curve.png", folder / "curve.png")
+    save_file(export_weights(exported), folder / "model.safetensors", metadata={"format": "pt"})
+
+    tokens = encoding.encode_ordinary(card)[: model.config.block_size]
+    idx = torch.tensor([tokens])  # (1, T)
+    with torch.no_grad():
+        before, after = model(idx)[0][..., : encoding.n_vocab], GPT.from_pretrained(str(folder))(idx)[0]
+    difference = (before - after).abs().max().item()
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"the exported model computes something else: its logits differ by {difference:.2g}, nothing is kept",
+            code=1,
+        )
+    return difference
+
+
+def export(config: ExportConfig) -> None:
+    """Make the folder --out, whole or not at all."""
+    out = Path(config.out)
+    if out.exists() and not config.overwrite:
+        raise UserError(f"{out} is there already: --overwrite replaces it, --out chooses another folder")
+    if out.exists() and not (out / "config.json").exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not an exported model: --overwrite won't replace it, --out chooses another folder")
+    temporary, old = out.with_name(out.name + ".tmp"), out.with_name(out.name + ".old")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        difference = write_folder(config, temporary)
+        sync_directory(temporary)
+        if out.exists():
+            out.rename(old)
+        temporary.rename(out)
+        sync_directory(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{out} can't be written: {error}", code=1) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"{out}: read back, logits differ from the checkpoint's by {difference:.2g} at most")
+
+
+# ---- the Hub ----
+
+
+def explain_hub(error: Exception, repository: str) -> UserError:
+    """What went wrong with the Hub, and the next command. Never shows the token."""
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, LocalTokenNotFoundError):
+        return UserError("you are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN")
+    if isinstance(error, OfflineModeIsEnabled):
+        return UserError("the Hub is switched off on this machine: unset HF_HUB_OFFLINE and run the same command again")
+    if isinstance(error, HFValidationError):
+        return UserError(f"--push_to_hub {repository}: not a repository name; it looks like YOUR_NAME/GPT124M")
+    if status == 401:
+        return UserError("the Hub does not accept your token: run `hf auth login` with a new one")
+    if status == 403:
+        return UserError(f"your token may not write to {repository}: run `hf auth login` with a token of type write")
+    reason = re.sub(r"hf_\w+", "hf_...", str(error).strip().splitlines()[0] if str(error).strip() else "no details")
+    return UserError(
+        f"the Hub can't be reached or refused {repository}: {type(error).__name__}: {reason}\n"
+        "HINT: check the network and run the same command again",
+        code=1 if status else 2,
+    )
+
+
+def check_identity(repository: str) -> None:
+    """Raise UserError, before any work, for a bad name or for a token that the Hub does not know."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+        HfApi().whoami()
+    except Exception as error:
+        raise explain_hub(error, repository) from None
+    if "/" not in repository:
+        raise UserError(f"--push_to_hub {repository}: whose? It looks like YOUR_NAME/{repository}")
+
+
+def push(out: str, repository: str, public: bool) -> None:
+    """Upload the folder in one commit and print its address."""
+    from huggingface_hub import HfApi
+
+    files = sorted(path.name for path in Path(out).iterdir())
+    try:
+        HfApi().create_repo(repository, private=not public, exist_ok=True)
+        commit = HfApi().upload_folder(
+            repo_id=repository, folder_path=out, allow_patterns=files, commit_message="Upload GPT-2"
+        )
+    except Exception as error:
+        raise explain_hub(error, repository) from None
+    print(f"uploaded {len(files)} files: {commit.repo_url}")
+
+
+@command
+def main(argv=None) -> int:
+    config = parse(ExportConfig, argv, __doc__)
+    if config.push_to_hub is not None:
+        check_identity(config.push_to_hub)
+    export(config)
+    if config.push_to_hub is not None:
+        push(config.out, config.push_to_hub, config.public)
+    else:
+        print(
+            f"next: python export.py --model {config.model} --out {config.out} --overwrite --push_to_hub"
+            " YOUR_NAME/GPT124M\n"
+            f'      or, with transformers: pipeline("text-generation", model="{config.out}")'
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

