@@ -61,13 +61,15 @@ def test_gradients_are_transformers():
 def test_chunked_loss_is_cross_entropy(V):
     x, weight = torch.randn(130, 2, requires_grad=True), torch.randn(V, 2, requires_grad=True)
     targets = torch.randint(V, (130,))
-    reference = F.cross_entropy(x.double() @ weight.double().T, targets)
-    expected = torch.autograd.grad(reference, (x, weight))
-    loss = ChunkedCrossEntropy.apply(x, weight, targets, True)
-    got = torch.autograd.grad(3 * loss, (x, weight))
-    assert abs(loss - reference) < 1e-5
-    for ours, theirs in zip(got, expected, strict=True):
-        assert (ours / 3 - theirs).norm() <= 1e-4 * theirs.norm()
+    truth = F.cross_entropy(x.double() @ weight.double().T, targets)
+    torchs = F.cross_entropy(x @ weight.T, targets)
+    ours = ChunkedCrossEntropy.apply(x, weight, targets, True)
+    assert abs(ours - truth) <= 1e-6 * truth
+    for name, parameter in (("x", x), ("weight", weight)):
+        exact, plain = (torch.autograd.grad(loss, parameter, retain_graph=True)[0] for loss in (truth, torchs))
+        got = torch.autograd.grad(3 * ours, parameter, retain_graph=True)[0] / 3
+        # no further from the truth than torch's own rounding takes it
+        assert (got - exact).norm() <= 2 * (plain - exact).norm() + 1e-6 * exact.norm(), name
 
 
 def test_chunked_loss_without_learning_keeps_no_gradient():
@@ -210,7 +212,10 @@ def test_from_pretrained_refuses_what_is_not_a_gpt2(tmp_path):
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"n_head": 5}, "n_head 5 does not divide n_embd 48: n_head 4 would"), ({"n_layer": 0}, "n_layer is 0: it must be")],
+    [
+        ({"n_head": 5}, "n_head 5 does not divide n_embd 48: n_head 4 would"),
+        ({"n_layer": 0}, "n_layer is 0: it must be"),
+    ],
 )
 def test_impossible_shapes(change, message):
     with pytest.raises(ValueError, match=message):
