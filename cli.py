@@ -17,8 +17,8 @@ import inspect
 import os
 import re
 import sys
+import textwrap
 import time
-import types
 import typing
 
 
@@ -94,8 +94,8 @@ def parse(cls, argv: list[str] | None, doc: str, presets: dict[str, dict] | None
         if heading:
             group = parser.add_argument_group(heading)
         kind, default = hints[field.name], field.default
-        if isinstance(kind, types.UnionType):  # int | None
-            kind = kind.__args__[0]
+        if type(None) in typing.get_args(kind):  # int | None
+            kind = typing.get_args(kind)[0]
         options = {"default": default, "help": text.replace("%", "%%")}
         if default not in (None, False, dataclasses.MISSING):
             options["help"] += f" (default: {default})"
@@ -121,7 +121,7 @@ def parse(cls, argv: list[str] | None, doc: str, presets: dict[str, dict] | None
 def field_comments(cls) -> dict[str, tuple[str, str]]:
     """{field: (heading of the group that starts here or "", help)} from the source of a dataclass."""
     comments, heading = {}, ""
-    for line in inspect.getsource(cls).splitlines():
+    for line in textwrap.dedent(inspect.getsource(cls)).splitlines():
         if match := re.match(r"    # (.+)", line):
             heading = match[1]
         elif match := re.match(r"    (\w+): .*?  # (.+)", line):

@@ -38,7 +38,7 @@ FINEWEB_EDU_10B_TOKENS = 9_970_000_000  # of sample-10BT, give or take a few hun
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 BATCH = 256  # documents that go to a worker at a time
-PAUSES = (1, 2, 4, 8, 16)  # seconds between the tries after a network error
+PAUSES = (1, 10, 60, 300)  # seconds between the tries after a network error; the Hub's library tries on its own before
 BIN_MAGIC, BIN_HEADER = 20240520, 256 * 4  # llm.c's and modded-nanogpt's .bin shards; header in bytes
 
 

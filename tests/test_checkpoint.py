@@ -1,0 +1,287 @@
+"""Checkpoints: whole, verified, plain data, found again; against damage, kills, and files that want to run code."""
+
+import io
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, flags, script
+
+import checkpoint
+import export
+import hellaswag
+import sample
+from checkpoint import SaveError, checkpoint_paths, load_checkpoint, load_model, newest_checkpoint, save_checkpoint
+from cli import UserError
+from GPT_Modules import GPT, GPTConfig
+
+SHAPE = GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
+
+
+def content(step: int, seed=0) -> dict:
+    """What train.py saves, after one update of a small model."""
+    torch.manual_seed(seed)
+    model = GPT(SHAPE)
+    optimizer = model.configure_optimizers(0.1, 1e-3)
+    model(torch.randint(257, (2, 16)), torch.randint(257, (2, 16)))[1].backward()
+    optimizer.step()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": SHAPE, "step": step}
+    return state | {"val_loss": 1.5, "tokenizer": "bytes", "train_config": {"max_lr": 1e-3}, "data": {"dataset": None}}
+
+
+def same(one, other) -> bool:
+    if torch.is_tensor(one):
+        return torch.is_tensor(other) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def test_saved_is_loaded_and_the_link_is_relative(tmp_path):
+    state = content(7)
+    path = save_checkpoint(tmp_path, 0, state)
+    assert path.name == "model_00007.pt" and os.readlink(tmp_path / "model_checkpoint.pt") == "model_00007.pt"
+    assert same(load_checkpoint(tmp_path / "model_checkpoint.pt"), state)
+    assert same(torch.load(path), state)  # torch's default, weights_only=True
+    assert not any("_orig_mod." in name or "module." in name for name in state["model"])
+
+
+def test_the_last_two_and_every_keep_every_stay(tmp_path):
+    (tmp_path / "model_notes.pt").write_text("not a checkpoint")
+    for step in (3, 5, 6, 9, 10, 12):
+        save_checkpoint(tmp_path, 5, content(step))
+    assert sorted(checkpoint_paths(tmp_path)) == [5, 10, 12]
+    save_checkpoint(tmp_path, 5, content(13))
+    assert sorted(checkpoint_paths(tmp_path)) == [5, 10, 12, 13]
+    assert (tmp_path / "model_notes.pt").exists() and os.readlink(tmp_path / "model_checkpoint.pt") == "model_00013.pt"
+
+
+def test_nothing_is_deleted_before_the_newer_one_is_verified(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, 0, content(step))
+
+    def bad_disk(path):
+        raise OSError("the disk gave back something else")
+
+    monkeypatch.setattr(checkpoint, "verify", bad_disk)
+    with pytest.raises(SaveError, match="model_00003.pt could not be saved"):
+        save_checkpoint(tmp_path, 0, content(3))
+    monkeypatch.undo()
+    assert sorted(checkpoint_paths(tmp_path)) == [1, 2] and load_checkpoint(tmp_path / "model_checkpoint.pt")["step"] == 2
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+def test_a_state_that_is_not_finite_is_never_saved(part, tmp_path):
+    state = content(3)
+    tensor = state["model"]["transformer.ln_f.bias"] if part == "model" else state["optimizer"]["state"][0]["exp_avg"]
+    tensor.view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match="the state after step 3 has numbers that are not finite"):
+        save_checkpoint(tmp_path, 0, state)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_device_is_a_save_error_and_another_error_is_not(tmp_path, monkeypatch):
+    (tmp_path / "model_00001.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(SaveError, match=r"model_00001.pt could not be saved .* bytes are free"):
+        save_checkpoint(tmp_path, 0, content(1))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(RuntimeError, match="something else"):
+        monkeypatch.setattr(torch, "save", lambda *words: (_ for _ in ()).throw(RuntimeError("something else")))
+        save_checkpoint(tmp_path, 0, content(1))
+
+
+def flip(data: bytes, bit: int) -> bytes:
+    damaged = bytearray(data)
+    damaged[bit // 8] ^= 1 << bit % 8
+    return bytes(damaged)
+
+
+def test_damage_never_loads_as_something_else(tmp_path):
+    state = content(4)
+    path = save_checkpoint(tmp_path, 0, state)
+    good, dice = path.read_bytes(), random.Random(4)
+    n = len(good)
+    page = dice.randrange(n // 4096) * 4096
+    damages = [flip(good, dice.randrange(8 * n)) for _ in range(300)]
+    damages += [good[:size] for size in (0, 1, n // 100, n // 10, n // 2, n * 9 // 10, n * 99 // 100, n - 1)]
+    damages += [good[:page] + bytes(4096) + good[page + 4096 :]]
+    refused = 0
+    for damaged in damages:
+        path.write_bytes(damaged)
+        try:
+            loaded = load_checkpoint(path)
+        except UserError as error:
+            refused += 1
+            assert str(path) in str(error) and "\n" not in str(error)
+        else:
+            assert same(loaded, state)
+    assert refused > 290  # the rest are flips in the archive's padding
+
+
+def test_the_newest_good_one_is_found(tmp_path):
+    assert newest_checkpoint(tmp_path) == (None, None, [])
+    for step in (1, 2):
+        path = save_checkpoint(tmp_path, 0, content(step))
+    path.write_bytes(path.read_bytes()[:-1])
+    found, path, reasons = newest_checkpoint(tmp_path)
+    assert found["step"] == 1 and path.name == "model_00001.pt" and len(reasons) == 1 and "model_00002.pt" in reasons[0]
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="no checkpoint in .* is good") as error:
+        newest_checkpoint(tmp_path)
+    assert "model_00001.pt" in str(error.value) and "model_00002.pt" in str(error.value)
+
+
+def test_every_script_refuses_a_damaged_file(tmp_path, capsys):
+    path = save_checkpoint(tmp_path, 0, content(1))
+    path.write_bytes(flip(path.read_bytes(), 8 * 30_000))
+    (tmp_path / "one.jsonl").write_text("{}")
+    for main, words in (
+        (sample.main, ["x"]), (hellaswag.main, ["--data", str(tmp_path / "one.jsonl")]), (export.main, ["--out", str(tmp_path / "out")])
+    ):  # fmt: skip
+        assert main([*words, "--model", str(path)]) == 2
+        printed = capsys.readouterr()
+        assert f"error: {path} is damaged" in printed.err and not printed.out.strip()
+    assert not (tmp_path / "out").exists()
+
+
+# ---- files that want to run code ----
+
+
+class Run:
+    def __init__(self, function, *words):
+        self.call = function, words
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_nothing_runs_when_a_file_is_opened(tmp_path):
+    import numpy as np
+
+    canary = tmp_path / "canary"
+    touch = f"open({str(canary)!r}, 'w').close()"
+    evil = {
+        "os.system": Run(os.system, f"touch {canary}"),
+        "eval": Run(eval, touch),
+        "nested": {"model": {"weight": [torch.zeros(2), Run(eval, touch)]}, "config": SHAPE},
+        "object array": np.array([Run(eval, touch)], dtype=object),
+    }
+    files = {}
+    for name, thing in evil.items():
+        buffer = io.BytesIO()
+        torch.save(thing, buffer)
+        files[name] = buffer.getvalue()
+    buffer = io.BytesIO()
+    torch.save(evil["nested"], buffer, _use_new_zipfile_serialization=False)
+    files["legacy format"] = buffer.getvalue()
+    files["plain pickle"] = pickle.dumps(evil["eval"])
+    for name, data in files.items():
+        (tmp_path / "model_00001.pt").write_bytes(data)
+        with pytest.raises(UserError, match="is damaged or not a checkpoint"):
+            load_checkpoint(tmp_path / "model_00001.pt")
+        assert not canary.exists(), name
+    eval(touch)  # the canary does sing when the code runs
+    assert canary.exists()
+
+
+# ---- models by name ----
+
+
+def test_load_model_reads_the_original_scripts_checkpoints(tmp_path):
+    """As build-nanogpt and the seed wrote them: a compiled model's names, a config pickled as a class of __main__."""
+    model = GPT(SHAPE)
+    torch.save({"weights": model.state_dict()}, tmp_path / "weights.pt")
+    program = """
+import sys, torch
+from dataclasses import dataclass
+@dataclass
+class GPTConfig:
+    block_size: int = 16
+    vocab_size: int = 257
+    n_layer: int = 2
+    n_head: int = 2
+    n_embd: int = 32
+weights = torch.load(sys.argv[1])["weights"]
+model = {"_orig_mod." + name: tensor for name, tensor in weights.items()}
+torch.save({"model": model, "config": GPTConfig(), "step": 5, "val_loss": 3.3}, sys.argv[2])
+"""
+    words = [str(tmp_path / "weights.pt"), str(tmp_path / "model_00005.pt")]
+    subprocess.run([sys.executable, "-c", program, *words], check=True)
+    loaded, tokenizer = load_model(str(tmp_path / "model_00005.pt"))
+    assert tokenizer == "gpt2" and loaded.config == SHAPE and not loaded.training
+    assert same(loaded.state_dict(), model.state_dict())
+
+
+def test_load_model_says_what_is_wrong(tmp_path):
+    for name, message in {
+        "nothing.pt": "there is no checkpoint or folder nothing.pt",
+        str(tmp_path): "can't be read as a model folder",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            load_model(name)
+
+
+def test_no_network_for_the_hubs_weights(tmp_path):
+    done = script("sample.py", "x", "--model=gpt2", env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)})
+    assert done.returncode == 2 and "gpt2 can't be read from the Hub" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---- kills ----
+
+SAVER = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{root!r}, {tests!r}]
+from test_checkpoint import content
+from checkpoint import save_checkpoint, newest_checkpoint
+from files import only_writer
+with only_writer({log_dir!r}):
+    found, _, _ = newest_checkpoint({log_dir!r})
+    state = content(0)
+    print("ready", flush=True)
+    for step in range(found["step"] + 1 if found else 0, 10_000):
+        save_checkpoint({log_dir!r}, 0, state | {{"step": step}})
+"""
+
+
+def kill_inside_the_save(log_dir, dice, rounds: int):
+    """Kill a process that does nothing but save; then the newest checkpoint must load, and the link must be good."""
+    program = SAVER.format(root=str(ROOT), tests=str(ROOT / "tests"), log_dir=str(log_dir))
+    for _ in range(rounds):
+        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n"
+        before = max(checkpoint_paths(log_dir), default=-1)
+        while max(checkpoint_paths(log_dir), default=-1) == before:
+            time.sleep(0.001)
+        time.sleep(dice.random() * 0.03)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        found, path, reasons = newest_checkpoint(log_dir)
+        assert not reasons and len(checkpoint_paths(log_dir)) <= 3
+        assert load_checkpoint(log_dir / "model_checkpoint.pt")["step"] in (found["step"], found["step"] - 1)
+
+
+def test_kills_inside_the_save(tmp_path):
+    kill_inside_the_save(tmp_path, random.Random(time.time()), 3)
+
+
+@pytest.mark.slow
+def test_campaign_of_kills_inside_the_save(tmp_path, campaign):
+    kill_inside_the_save(tmp_path, random.Random(2026), campaign(100))
+
+
+def test_a_run_with_only_weights_cannot_be_continued(data_dir, tmp_path, capsys):
+    import train
+
+    torch.save({"model": GPT(SHAPE).state_dict(), "config": SHAPE, "step": 5, "val_loss": 1.0}, tmp_path / "model_00005.pt")
+    assert train.main(flags(data_dir=data_dir, log_dir=tmp_path)) == 2
+    assert "has weights only, no run to continue: use --init_from" in capsys.readouterr().err

@@ -1,0 +1,127 @@
+"""Dataclass -> flags and help; UserError -> one line and an exit code."""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import pytest
+from conftest import ROOT, script
+
+import cli
+import data_generator
+import export
+import hellaswag
+import metrics
+import sample
+import train
+from cli import UserError, command, parse
+
+CONFIGS = {
+    "train.py": train.TrainConfig, "data_generator.py": data_generator.DataConfig, "sample.py": sample.SampleConfig,
+    "hellaswag.py": hellaswag.HellaSwagConfig, "export.py": export.ExportConfig, "metrics.py": metrics.MetricsConfig,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    # numbers
+    some_steps: int = 5  # steps, 100% of them
+    rate: float | None = None  # a rate
+    # choices
+    kind: Literal["a", "b"] = "a"  # which
+    on: bool | None = None  # on or off
+    flag: bool = False  # a switch
+    place: str = "here"  # where
+
+
+def test_words_become_fields():
+    assert parse(Config, [], "") == Config()
+    words = ["--some_steps=7", "--rate", "1e-3", "--kind=b", "--no-on", "--flag", "--place", "x y"]
+    assert parse(Config, words, "") == Config(7, 1e-3, "b", False, True, "x y")
+    assert parse(Config, ["--some-steps", "9"], "").some_steps == 9
+    assert parse(Config, ["there", "--on"], "", positional="place") == Config(on=True, place="there")
+    assert parse(Config, ["--kind=b"], "", presets=None).kind == "b"
+
+
+def test_presets_are_defaults():
+    @dataclass(frozen=True)
+    class WithPreset:
+        preset: Literal["small", "large"] = "small"  # defaults
+        size: int = 1  # size
+
+    presets = {"small": {}, "large": {"size": 100}}
+    assert parse(WithPreset, ["--preset=large"], "", presets).size == 100
+    assert parse(WithPreset, ["--size=3", "--preset=large"], "", presets).size == 3
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--some_step=1"], "unknown flag --some_step=1: did you mean --some_steps"),
+        (["--xyz"], "unknown flag --xyz"),
+        (["--kind=c"], "invalid choice: 'c'"),
+        (["--some_steps=x"], "invalid int value"),
+        (["--rate"], "expected one argument"),
+        (["--fla"], "unknown flag --fla"),
+    ],
+)
+def test_what_does_not_fit_is_a_user_error(words, message):
+    with pytest.raises(UserError, match=message):
+        parse(Config, words, "")
+
+
+def test_help_is_read_from_the_comments(capsys):
+    @command
+    def main(argv=None):
+        parse(Config, argv, "What it does.")
+
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    for piece in ("What it does.", "numbers:", "--some_steps N", "steps, 100% of them (default: 5)", "choices:", "{a,b}"):
+        assert piece in printed
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_help_of_every_script(name):
+    done = script(name, "--help")
+    assert done.returncode == 0 and not done.stderr
+    described = cli.field_comments(CONFIGS[name])
+    for field in fields(CONFIGS[name]):
+        assert described[field.name][1], field.name
+        assert field.name in done.stdout
+    examples = [line for line in done.stdout.splitlines() if line.strip().startswith(("python ", "torchrun ", "echo "))]
+    assert len(examples) >= 3
+
+
+def test_errors_become_exit_codes(capsys, monkeypatch):
+    @command
+    def main(argv=None):
+        raise argv
+
+    assert main(UserError("wrong word")) == 2 and main(UserError("no luck", code=1)) == 1
+    assert capsys.readouterr().err == "error: wrong word\nerror: no luck\n"
+    assert main(KeyboardInterrupt()) == 130
+    with pytest.raises(ZeroDivisionError):  # what is not the user's is not hidden
+        main(ZeroDivisionError())
+
+
+def test_other_ranks_leave_silently(capsys, monkeypatch):
+    slept = []
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(cli.time, "sleep", slept.append)
+
+    @command
+    def main(argv=None):
+        raise UserError("wrong word")
+
+    assert main() == 2 and slept == [10] and capsys.readouterr().err == ""
+
+
+def test_nothing_happens_at_import():
+    program = "import sys; sys.path.insert(0, sys.argv[1])\nimport train, data_generator, hellaswag, export, sample, metrics\n"
+    program += "import torch\nassert not torch.distributed.is_initialized()\n"
+    program += "bad = {'datasets', 'matplotlib', 'huggingface_hub', 'transformers'} & set(sys.modules)\nassert not bad, bad"
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", program, str(ROOT)], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout + done.stderr, done.stderr

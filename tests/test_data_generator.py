@@ -1,0 +1,755 @@
+"""Documents -> shards -> batches, against plain algorithms written out here, and against faults."""
+
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiktoken
+from conftest import ROOT, script, write_shards
+from hub import COMMIT, Hub
+
+import data_generator
+from cli import UserError
+from data_generator import FINEWEB_EDU, TokenLoader, get_tokenizer, read_manifest
+
+HAZARDS = [
+    "plain words", "", "a literal <|endoftext|> in the text", "\ud800 a lone surrogate \udfff", "a" * 1_000_000, "é中🙂" * 50,
+    "  spaces\n\n\tand\r\nlines  ", "long " * 9_000,
+]  # fmt: skip
+
+
+def plain_shards(documents, tokenizer, shard_size) -> list[np.ndarray]:
+    """The algorithm, as plain as it gets: one long stream, cut every shard_size."""
+    encoding = get_tokenizer(tokenizer)
+    stream = []
+    for text in documents:
+        stream += [encoding.eot_token, *encoding.encode_ordinary(text)]
+    return [np.array(stream[i : i + shard_size], dtype=np.uint16) for i in range(0, len(stream), shard_size)]
+
+
+def assert_shards(data_dir, expected: list[np.ndarray]):
+    """The directory holds exactly these shards, byte for byte as np.save writes them, and a manifest that says so."""
+    manifest = read_manifest(data_dir)
+    assert manifest["complete"] and manifest["position"] is None and len(manifest["shards"]) == len(expected)
+    for number, (entry, tokens) in enumerate(zip(manifest["shards"], expected, strict=True)):
+        assert entry["file"] == f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
+        content = (Path(data_dir) / entry["file"]).read_bytes()
+        reference = io.BytesIO()
+        np.save(reference, tokens)
+        assert content == reference.getvalue() and entry["sha256"] == hashlib.sha256(content).hexdigest()
+        eot = get_tokenizer(manifest["tokenizer"]).eot_token
+        assert entry["tokens"] == len(tokens) and entry["documents"] == (tokens == eot).sum()
+    names = {path.name for path in Path(data_dir).iterdir()}
+    assert names == {entry["file"] for entry in manifest["shards"]} | {"manifest.json", ".lock"}
+
+
+def write_jsonl(path, documents):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+
+
+def parquet(documents, **columns) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(
+        pa.table({"text": documents, "id": [str(n) for n in range(len(documents))]} | columns), file, row_group_size=90
+    )
+    return file.getvalue()
+
+
+def contents(directory) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.name != ".lock"}
+
+
+def words_of(n: int, seed=0) -> list[str]:
+    dice = random.Random(seed)
+    return [
+        " ".join(dice.choice(["the", "shard", "of", "tokens", "9"]) for _ in range(dice.randrange(60)))
+        for _ in range(n)
+    ]
+
+
+# ---- tokenizers ----
+
+
+def test_tokenizers():
+    assert get_tokenizer("gpt2").n_vocab == 50257 and get_tokenizer("bytes").n_vocab == 257
+    assert isinstance(get_tokenizer("bytes"), tiktoken.Encoding)
+    text = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)]))
+    assert get_tokenizer("bytes").encode_ordinary(text) == list(text.encode())
+    assert get_tokenizer("bytes").encode("a<|endoftext|>", allowed_special="all") == [97, 256]
+    with pytest.raises(UserError, match="tokenizer 'gpt3' is not known"):
+        get_tokenizer("gpt3")
+
+
+# ---- shards ----
+
+
+@pytest.mark.parametrize("num_proc", [1, 2, 4])
+def test_shards_are_those_of_the_plain_algorithm(num_proc, tmp_path):
+    documents = HAZARDS + words_of(700)
+    (tmp_path / "driver.py").write_text(DRIVER)
+    write_hazards(tmp_path / "documents.json", documents)
+    run_driver(tmp_path, "fork", f"--num_proc={num_proc}")
+    assert_shards(tmp_path / "data", plain_shards(documents, "gpt2", 5_000))
+
+
+DRIVER = """
+import json, multiprocessing, sys
+import data_generator
+if __name__ == "__main__":
+    documents, start_method, *words = sys.argv[1:]
+    documents = json.load(open(documents))
+    multiprocessing.set_start_method(start_method)
+    data_generator.pydoc_documents = lambda: documents  # these documents in place of Python's
+    sys.exit(data_generator.main(words))
+"""
+
+
+def write_hazards(path, documents):
+    path.write_text(json.dumps(documents))
+
+
+def run_driver(tmp_path, start_method, *words, tokenizer="gpt2", shard_size=5_000):
+    common = [
+        "--dataset=pydoc",
+        f"--tokenizer={tokenizer}",
+        f"--shard_size={shard_size}",
+        f"--data_dir={tmp_path / 'data'}",
+    ]
+    command = [
+        sys.executable,
+        str(tmp_path / "driver.py"),
+        str(tmp_path / "documents.json"),
+        start_method,
+        *common,
+        *words,
+    ]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_start_methods_give_the_same_shards(start_method, tmp_path):
+    documents = words_of(600)
+    (tmp_path / "driver.py").write_text(DRIVER)
+    write_hazards(tmp_path / "documents.json", documents)
+    run_driver(tmp_path, start_method, "--num_proc=2")
+    assert_shards(tmp_path / "data", plain_shards(documents, "gpt2", 5_000))
+
+
+def test_one_text_file_and_max_tokens(tmp_path):
+    text = "\n\n".join(words_of(300))
+    (tmp_path / "a.txt").write_text(text)
+    words = ["--dataset", str(tmp_path / "a.txt"), "--tokenizer=bytes", "--shard_size=3000"]
+    assert data_generator.main([*words, f"--data_dir={tmp_path / 'all'}"]) == 0
+    assert_shards(tmp_path / "all", plain_shards([text], "bytes", 3000))
+    assert data_generator.main([*words, f"--data_dir={tmp_path / 'cut'}", "--max_tokens=7001"]) == 0
+    shards = plain_shards([text], "bytes", 3000)
+    assert_shards(tmp_path / "cut", [shards[0], shards[1], shards[2][:1001]])
+    assert data_generator.main([*words, f"--data_dir={tmp_path / 'full'}", "--max_tokens=6000"]) == 0
+    assert_shards(tmp_path / "full", shards[:2])
+
+
+def test_tiny_shakespeare(tmp_path):
+    """Runs where the text is at hand; its tokens are pinned."""
+    path = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+    if not path.exists():
+        pytest.skip("tinyshakespeare.txt is not beside the repository")
+    assert data_generator.main(["--dataset", str(path), "--data_dir", str(tmp_path), "--shard_size=100000"]) == 0
+    tokens = np.concatenate([np.load(tmp_path / shard["file"]) for shard in read_manifest(tmp_path)["shards"]])
+    assert len(tokens) == 338_026
+    assert (
+        hashlib.sha256(tokens.tobytes()).hexdigest()
+        == "3c08715b1bf0b0a52f807249fd81a62086f0b8fab1ed0a4b23dfda14b61e9a78"
+    )
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "txt"])
+def test_local_files_by_glob(kind, tmp_path):
+    import gzip
+
+    files = [words_of(40, seed) for seed in range(3)]
+    for number, documents in enumerate(files):
+        path = tmp_path / f"part{number}.{kind}"
+        lines = "".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(documents))
+        if kind == "parquet":
+            path.write_bytes(parquet(documents))
+        elif kind == "txt":
+            path.write_text("\n".join(documents))
+        else:
+            path.write_bytes(gzip.compress(lines.encode()) if kind.endswith("gz") else lines.encode())
+    words = ["--dataset", str(tmp_path / f"*.{kind}"), "--tokenizer=bytes", "--shard_size=2000"]
+    assert data_generator.main([*words, f"--data_dir={tmp_path / 'data'}"]) == 0
+    documents = ["\n".join(documents) for documents in files] if kind == "txt" else sum(files, [])
+    assert_shards(tmp_path / "data", plain_shards(documents, "bytes", 2000))
+
+
+def test_pydoc_is_the_same_each_time(tmp_path):
+    documents = data_generator.pydoc_documents()
+    assert documents == data_generator.pydoc_documents() and len(documents) == len(set(documents)) > 3000
+    assert any("zip" in text for text in documents)
+
+
+# ---- the Hub ----
+
+README = b"""---
+configs:
+- config_name: default
+  data_files: [{split: train, path: data/*/*}]
+- config_name: sample-10BT
+  data_files: [{split: train, path: sample/10BT/*}]
+---
+"""
+
+
+@pytest.fixture
+def fineweb():
+    """A small repository of FineWeb-Edu's layout, served by this machine; the documents of its sample-10BT."""
+    parts = [words_of(250, seed) for seed in range(3)]
+    files = {f"sample/10BT/{n:03d}_00000.parquet": parquet(part) for n, part in enumerate(parts)}
+    with Hub(
+        {f"datasets/{FINEWEB_EDU}": {"README.md": README, "data/CC/0.parquet": parquet(["wrong"]), **files}}
+    ) as hub:
+        yield hub, sum(parts, [])
+
+
+def generate(hub, tmp_path, *words, **options):
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+    return script(
+        "data_generator.py", f"--data_dir={tmp_path / 'data'}", "--shard_size=4000", *words, env=environment, **options
+    )
+
+
+def test_the_default_command_on_the_hub(fineweb, tmp_path):
+    hub, documents = fineweb
+    done = generate(hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_shards(tmp_path / "data", plain_shards(documents, "gpt2", 4000))
+    manifest = read_manifest(tmp_path / "data")
+    assert (manifest["dataset"], manifest["name"], manifest["revision"]) == (FINEWEB_EDU, "sample-10BT", COMMIT)
+    assert (
+        f"{len(documents):,} documents" in done.stdout and "the last shard is shorter, as it should be" in done.stdout
+    )
+
+
+@pytest.mark.parametrize("fault", ["503", "reset", "short", "stall"])
+def test_network_faults_are_tried_again(fault, fineweb, tmp_path):
+    hub, documents = fineweb
+    left = [2]
+
+    def answer(handler, path):
+        if handler.command != "GET" or not path.endswith("001_00000.parquet") or not left[0]:
+            return False
+        left[0] -= 1
+        content = hub.repositories[f"datasets/{FINEWEB_EDU}"]["sample/10BT/001_00000.parquet"]
+        if fault == "503":
+            handler.answer(503, b"busy")
+        elif fault == "reset":
+            handler.connection.close()
+        else:  # half of the body; then the end of the line, or silence
+            handler.send_response(206)
+            handler.send_header("Content-Range", f"bytes 0-{len(content) - 1}/{len(content)}")
+            handler.send_header("Content-Length", str(len(content)))
+            handler.end_headers()
+            handler.wfile.write(content[: len(content) // 2])
+            handler.wfile.flush()
+            if fault == "stall":
+                time.sleep(15)
+        handler.close_connection = True
+        return True
+
+    hub.faults.append(answer)
+    done = generate(hub, tmp_path)
+    assert done.returncode == 0 and left == [0], done.stderr
+    assert_shards(tmp_path / "data", plain_shards(documents, "gpt2", 4000))
+
+
+def test_a_body_that_lies_about_its_length_is_not_taken_for_a_whole_one(fineweb, tmp_path):
+    hub, documents = fineweb
+    left = [1]
+
+    def answer(handler, path):
+        if handler.command != "GET" or not path.endswith("001_00000.parquet") or not left[0]:
+            return False
+        left[0] -= 1
+        content = hub.repositories[f"datasets/{FINEWEB_EDU}"]["sample/10BT/001_00000.parquet"]
+        handler.answer(
+            206, content[: len(content) // 2], {"Content-Range": f"bytes 0-{len(content) - 1}/{len(content)}"}
+        )
+        return True
+
+    hub.faults.append(answer)
+    done = generate(hub, tmp_path)
+    assert done.returncode == 0 and "next try in 1 s" in done.stderr, done.stderr
+    assert_shards(tmp_path / "data", plain_shards(documents, "gpt2", 4000))
+
+
+@pytest.mark.slow
+def test_a_network_that_stays_away_ends_with_a_message_and_the_next_run_goes_on(fineweb, tmp_path):
+    hub, documents = fineweb
+    down = lambda handler, path: "001_00000" in path and (handler.answer(503, b"") or True)  # noqa: E731
+    hub.faults.append(down)
+    driver = "import sys, data_generator as d; d.PAUSES = (0.1, 0.2)\nif __name__ == '__main__': sys.exit(d.main(sys.argv[1:]))"
+    (tmp_path / "driver.py").write_text(driver)
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "driver.py"), f"--data_dir={tmp_path / 'data'}", "--shard_size=4000"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert (
+        done.returncode == 1
+        and "can't be fetched from the Hub" in done.stderr
+        and "run the same command again" in done.stderr
+    )
+    assert "Traceback" not in done.stderr and not read_manifest(tmp_path / "data")["complete"]
+    hub.faults.clear()
+    assert generate(hub, tmp_path).returncode == 0
+    assert_shards(tmp_path / "data", plain_shards(documents, "gpt2", 4000))
+
+
+def test_other_hub_data_sets(tmp_path):
+    rows = "".join(json.dumps({"body": text, "n": 1}) + "\n" for text in words_of(300)).encode()
+    with Hub(
+        {"datasets/org/tales": {"README.md": b"# tales", "train.jsonl": b'{"body": "no", "n": 0}\n', "test.jsonl": rows}}
+    ) as hub:
+        common = ["--dataset=org/tales", "--split=test", "--tokenizer=bytes"]
+        done = generate(hub, tmp_path, *common)
+        assert (
+            done.returncode == 2 and "--text_field text: org/tales has no such field; it has body, n" in done.stderr
+        ), done.stderr
+        done = generate(hub, tmp_path, *common, "--text_field=body")
+        assert done.returncode == 0, done.stderr
+        assert_shards(tmp_path / "data", plain_shards(words_of(300), "bytes", 4000))
+        done = generate(hub, tmp_path / "x", "--dataset=org/nothing")
+        assert done.returncode == 2 and "org/nothing can't be found on the Hub" in done.stderr
+        done = generate(hub, tmp_path / "x", "--dataset=org/tales", "--split=dev", "--text_field=body")
+        assert done.returncode == 2 and "dev" in done.stderr and "Traceback" not in done.stderr, done.stderr
+        done = generate(hub, tmp_path / "x", "--dataset=org/tales", "--name=french", "--text_field=body")
+        assert done.returncode == 2 and "french" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_no_network(tmp_path):
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
+    done = script("data_generator.py", f"--data_dir={tmp_path / 'data'}", "--max_tokens=200000000", env=environment)
+    assert done.returncode == 2 and "can't be found on the Hub" in done.stderr and "Traceback" not in done.stderr
+    assert not list((tmp_path / "data").glob("*.npy"))
+
+
+# ---- dying and going on ----
+
+
+def start(tmp_path, *words):
+    command = [sys.executable, str(ROOT / "data_generator.py"), "--dataset", str(tmp_path / "docs.jsonl"), *words]
+    return subprocess.Popen([*command, "--shard_size=20000", "--tokenizer=bytes", "--num_proc=2"],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(stat.parent.name))
+        except OSError:
+            pass
+    return found
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A directory with docs.jsonl, and what an uninterrupted run makes of it."""
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    write_jsonl(directory / "docs.jsonl", words_of(12_000))
+    process = start(directory, "--data_dir", str(directory / "data"))
+    process.communicate()
+    assert process.returncode == 0
+    assert_shards(directory / "data", plain_shards(words_of(12_000), "bytes", 20_000))
+    return directory
+
+
+def kill_once(directory, data_dir, dice, whom):
+    """Start, kill at a random moment, and check that nothing but whole shards is in the manifest."""
+    process = start(directory, "--data_dir", str(data_dir))
+    # after the start of the pool most moments fall into reading and writing
+    before = len((read_manifest(data_dir) or {"shards": []})["shards"])
+    target, end = before + dice.randrange(0, 20), time.time() + 60
+    while process.poll() is None and time.time() < end and len(list(Path(data_dir).glob("*.npy"))) < target:
+        time.sleep(0.002)
+    time.sleep(dice.random() * 0.05)
+    family = children(process.pid)
+    victim = process.pid if whom == "parent" or not family else dice.choice(family)
+    number = signal.SIGINT if whom == "ctrl-c" else signal.SIGKILL
+    try:
+        os.kill(process.pid if whom == "ctrl-c" else victim, number)
+    except ProcessLookupError:
+        pass
+    _, error = process.communicate(timeout=60)
+    if whom == "worker" and process.returncode not in (0, -9):
+        assert process.returncode == 1 and "a tokenizing process was killed" in error, error
+    if whom == "ctrl-c" and process.returncode != 0:
+        assert process.returncode == 130 and "Traceback" not in error, error
+    end = time.time() + 10
+    while any(Path(f"/proc/{child}/exe").exists() and child in children(1) for child in family) and time.time() < end:
+        time.sleep(0.05)  # workers leave when their parent is gone
+
+
+def finish_and_compare(directory, data_dir):
+    process = start(directory, "--data_dir", str(data_dir))
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    ours, reference = contents(data_dir), contents(directory / "data")
+    assert ours.keys() == reference.keys()
+    assert all(ours[name] == reference[name] for name in ours)
+
+
+@pytest.mark.parametrize("whom", ["parent", "worker", "ctrl-c"])
+def test_killed_it_goes_on_to_the_same_bytes(whom, uninterrupted, tmp_path):
+    kill_once(uninterrupted, tmp_path, random.Random(time.time()), whom)
+    finish_and_compare(uninterrupted, tmp_path)
+
+
+@pytest.mark.slow
+def test_campaign_of_kills(uninterrupted, tmp_path, campaign):
+    dice = random.Random(2026)
+    for number in range(campaign(30)):
+        for _ in range(2):
+            kill_once(uninterrupted, tmp_path / str(number), dice, dice.choice(["parent", "worker", "ctrl-c"]))
+        finish_and_compare(uninterrupted, tmp_path / str(number))
+
+
+def test_workers_leave_when_their_parent_is_gone(tmp_path):
+    write_jsonl(tmp_path / "docs.jsonl", words_of(60_000))
+    process = start(tmp_path, "--data_dir", str(tmp_path / "data"))
+    end = time.time() + 30
+    while len(children(process.pid)) < 2 and time.time() < end:
+        time.sleep(0.02)
+    family = children(process.pid)
+    assert len(family) >= 2
+    process.kill()
+    process.communicate()
+    end = time.time() + 10
+    while any(Path(f"/proc/{child}").exists() for child in family):
+        assert time.time() < end, "the workers are still there"
+        time.sleep(0.05)
+
+
+def test_a_second_writer_and_other_settings_are_refused(uninterrupted, capsys):
+    import fcntl
+
+    words = [
+        "--dataset",
+        str(uninterrupted / "docs.jsonl"),
+        f"--data_dir={uninterrupted / 'data'}",
+        "--tokenizer=bytes",
+    ]
+    holder = subprocess.Popen([sys.executable, "-c", f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from files import only_writer
+with only_writer({str(uninterrupted / 'data')!r}):
+    print("held", flush=True)
+    time.sleep(60)
+"""], stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert holder.stdout.readline() == "held\n" and fcntl
+    assert data_generator.main([*words, "--shard_size=20000"]) == 2
+    assert f"is being written by process {holder.pid} on" in capsys.readouterr().err
+    holder.kill()
+    holder.wait()
+    assert data_generator.main([*words, "--shard_size=30000"]) == 2
+    assert "shard_size was 20000, is 30000" in capsys.readouterr().err
+    assert data_generator.main([*words[:-1], "--tokenizer=gpt2", "--shard_size=20000"]) == 2
+    assert "tokenizer was bytes, is gpt2; vocab_size was 257, is 50257" in capsys.readouterr().err
+    assert data_generator.main([*words, "--shard_size=20000"]) == 0
+    assert "it was complete already" in capsys.readouterr().out
+
+
+def test_leftovers_are_removed_and_never_read(uninterrupted, tmp_path):
+    (tmp_path / "edufineweb_train_000003.npy.tmp").write_bytes(b"torn")
+    (tmp_path / "manifest.json.tmp").write_bytes(b"{")
+    finish_and_compare(uninterrupted, tmp_path)
+
+
+def test_a_full_disk_leaves_what_is_whole(uninterrupted, tmp_path):
+    words = (
+        f"--dataset={uninterrupted / 'docs.jsonl'} --data_dir={tmp_path} --tokenizer=bytes --shard_size=20000".split()
+    )
+    program = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import data_generator
+write, number = data_generator.write_shard, []
+def write_with_no_room_for_the_fourth(*words):
+    number.append(1)
+    if len(number) == 4:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
+    write(*words)
+data_generator.write_shard = write_with_no_room_for_the_fourth
+sys.exit(data_generator.main({words!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1 and "edufineweb_train_000003.npy can't be written" in done.stderr, done.stderr
+    assert "it needs 40,128 bytes" in done.stderr and "the 3 shards before it are whole" in done.stderr
+    assert len(read_manifest(tmp_path)["shards"]) == 3 and not list(tmp_path.glob("*.tmp"))
+    finish_and_compare(uninterrupted, tmp_path)
+
+
+def test_a_disk_that_is_too_small_is_said_before(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("text")
+    words = ["--dataset", str(tmp_path / "a.txt"), "--data_dir", str(tmp_path / "data"), "--tokenizer=bytes"]
+    assert data_generator.main([*words, "--max_tokens=100000000000000"]) == 2
+    assert re.search(r"needs about 200,000,000,000,000 bytes, [\d,]+ are free", capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_whatever_the_size(tmp_path):
+    """Endless documents: the memory of all processes together after 40 MB of text is that after 10 MB."""
+    program = f"""
+import itertools, os, subprocess, sys, threading
+sys.path.insert(0, {str(ROOT)!r})
+import data_generator
+peaks = []
+def memory():
+    pids = [os.getpid(), *map(int, subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split())]
+    total = 0
+    for pid in pids:
+        try:
+            total += int(open(f"/proc/{{pid}}/smaps_rollup").read().split("Pss:")[1].split()[0])
+        except OSError:
+            pass
+    return total / 1000
+def endless(state):
+    for n in itertools.count():
+        if n % 20 == 0:
+            peaks.append(memory())
+        yield ["some words of a document that is one of very many " * 20] * 256, n
+data_generator.pydoc_batches = endless
+code = data_generator.main(["--dataset=pydoc", "--data_dir={tmp_path}", "--max_tokens=30000000", "--shard_size=2000000", "--num_proc=2"])
+print(*peaks)
+sys.exit(code)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    peaks = [float(word) for word in done.stdout.splitlines()[-1].split()]
+    half = len(peaks) // 2
+    assert max(peaks) < 1500 and max(peaks[half:]) < max(peaks[2:half]) + 30, peaks
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--dataset=nothing.txt"], "--dataset nothing.txt: there is no such file"),
+        (["--dataset=no/*.parquet"], "there is no such file"),
+        (["--dataset=tests"], "tests is a directory; name its files"),
+        (["--dataset=README.md"], "README.md is none of .txt .jsonl"),
+        (["--shard_size=0"], "--shard_size is 0: it must be at least 1"),
+        (["--num_proc=0"], "--num_proc is 0"),
+        (["--tokenizer=gpt4"], "invalid choice: 'gpt4'"),
+        (["--shard=4"], "unknown flag --shard"),
+        (["--max_tokens=1000"], "all fit into shard 0.*\n.*HINT: --shard_size 100|HINT: --shard_size 100"),
+    ],
+)
+def test_bad_input(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert data_generator.main(["--data_dir", str(tmp_path / "data"), *words]) == 2
+    printed = capsys.readouterr().err
+    assert re.search(message, printed), printed
+    assert not list(tmp_path.glob("data/*.npy"))
+
+
+def test_a_text_that_ends_inside_shard_0(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("x" * 999)
+    words = ["--dataset", str(tmp_path / "a.txt"), "--data_dir", str(tmp_path / "data"), "--tokenizer=bytes"]
+    for shard_size in (100_000, 1000):  # much too large, and exactly as large as the text
+        assert data_generator.main([*words, f"--shard_size={shard_size}"]) == 2
+        printed = capsys.readouterr().err
+        assert "1,000 tokens, which all fit into shard 0" in printed and "HINT: --shard_size 100" in printed
+    assert data_generator.main([*words, "--shard_size=100"]) == 0
+
+
+def test_a_document_without_text_is_named(tmp_path, capsys):
+    documents = words_of(600)
+    lines = [json.dumps({"text": text}) for text in documents]
+    lines[444] = '{"text": null}'
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    words = ["--dataset", str(tmp_path / "a.jsonl"), "--data_dir", str(tmp_path / "data"), "--tokenizer=bytes"]
+    assert data_generator.main([*words, "--shard_size=2000"]) == 2
+    assert "document 444 (counted from 0) has no text: its text is None" in capsys.readouterr().err
+    assert data_generator.main([*words, "--text_field=body", "--shard_size=2000"]) == 2
+    assert "--text_field body" in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_utf8(tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes(b"latin \xe9\xe8")
+    assert data_generator.main(["--dataset", str(tmp_path / "a.txt"), "--data_dir", str(tmp_path / "data")]) == 2
+    assert "can't be read: UnicodeDecodeError" in capsys.readouterr().err
+
+
+# ---- verify ----
+
+
+def test_verify_names_each_bad_file(uninterrupted, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(uninterrupted / "data", tmp_path / "data")
+    words = ["--verify", f"--data_dir={tmp_path / 'data'}"]
+    assert data_generator.main(words) == 0
+    assert "shards are good; the data set is complete" in capsys.readouterr().out
+    shard = [tmp_path / "data" / entry["file"] for entry in read_manifest(tmp_path / "data")["shards"]]
+    flipped = bytearray(shard[1].read_bytes())
+    flipped[5000] ^= 1
+    shard[1].write_bytes(flipped)
+    shard[2].write_bytes(shard[2].read_bytes()[:-2])
+    shard[3].unlink()
+    np.save(shard[4], np.load(shard[4]).astype(np.int32))
+    assert data_generator.main(words) == 1
+    printed = capsys.readouterr().err
+    for number, what in {
+        1: "its sha256 is not",
+        2: "damaged or cut short",
+        3: "is missing",
+        4: "it holds int32",
+    }.items():
+        assert re.search(rf"{shard[number].name}.*{what}", printed), printed
+    assert f"4 of {len(shard)} shards are bad" in printed
+
+
+# ---- the loader ----
+
+
+def test_a_step_depends_on_its_number_alone(tmp_path):
+    """200 random combinations of shards, T, B, ranks and step, against one long array."""
+    dice = random.Random(7)
+    for number in range(200):
+        T, B, world_size, micro_steps = (
+            dice.randint(1, 9),
+            dice.randint(1, 4),
+            dice.choice([1, 2, 4]),
+            dice.randint(1, 3),
+        )
+        per_step = 4 * B * micro_steps  # sequences; enough for 1, 2 and 4 ranks
+        lengths = [dice.randint(1, 4 * T * per_step) for _ in range(dice.randint(1, 5))]
+        lengths.append(max(1, per_step * T + 1 - sum(lengths)))
+        data_dir = tmp_path / str(number)
+        stream = np.concatenate(write_shards(data_dir, {"train": lengths}, seed=number)).astype(np.int64)
+        sequences = (len(stream) - 1) // T
+        step = dice.randrange(0, 3 * (sequences // per_step + 1))
+        loaders = [TokenLoader(data_dir, "train", T, B, per_step * T, rank, world_size) for rank in range(world_size)]
+        batches = [list(loader.batches(step)) for loader in loaders]
+        in_turn = [batches[rank][m] for m in range(len(batches[0])) for rank in range(world_size)]
+        x, y = (np.concatenate([pair[side].numpy() for pair in in_turn]) for side in (0, 1))
+        windows = [(step * per_step + i) % sequences for i in range(per_step)]
+        assert np.array_equal(x, [stream[w * T : w * T + T] for w in windows])
+        assert np.array_equal(y, [stream[w * T + 1 : w * T + T + 1] for w in windows])
+
+
+def test_an_epoch_reads_every_sequence_once(tmp_path):
+    stream = np.concatenate(write_shards(tmp_path, {"train": [101, 57, 300]}))
+    loader = TokenLoader(tmp_path, "train", 8, 1, 8)
+    assert loader.sequences == (458 - 1) // 8 == 57
+    seen = [tuple(x.flatten().tolist()) for step in range(57) for x, _ in loader.batches(step)]
+    assert seen == [tuple(stream[8 * i : 8 * i + 8]) for i in range(57)]
+    assert seen[0] == tuple(next(loader.batches(57))[0].flatten().tolist())
+
+
+def test_bin_shards_of_llm_c(tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 50257, 900).astype(np.uint16)
+    for name, part in (("fineweb_val_000000.bin", tokens[:300]), ("fineweb_train_000001.bin", tokens[300:])):
+        header = np.zeros(256, dtype=np.int32)
+        header[:3] = 20240520, 1, len(part)
+        (tmp_path / name).write_bytes(header.tobytes() + part.tobytes())
+    loader = TokenLoader(tmp_path, "train", 10, 2, 20)
+    assert loader.tokenizer == "gpt2" and loader.tokens == 600
+    x, y = next(loader.batches(0))
+    assert np.array_equal(x.flatten(), tokens[300:320]) and np.array_equal(y.flatten(), tokens[301:321])
+
+
+DAMAGES = {
+    "zero size": (lambda b: b"", "damaged or cut short"),
+    "truncated": (lambda b: b[:-100], "damaged or cut short"),
+    "header cut": (lambda b: b[:60], "damaged or cut short"),
+    "too long": (lambda b: b + b"\0\0", "its header says 900 tokens"),
+    "zeroed": (lambda b: bytes(len(b)), "damaged or cut short"),
+    "another type": (lambda b: saved(np.zeros(900, np.int64)), r"it holds int64 \(900,\)"),
+    "another shape": (lambda b: saved(np.zeros((30, 30), np.uint16)), r"it holds uint16 \(30, 30\)"),
+    "fewer tokens": (lambda b: saved(np.zeros(800, np.uint16)), "has 800 tokens, its manifest says 900"),
+}
+
+
+def saved(array) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_bad_shard_is_refused_at_opening(name, tmp_path):
+    write_shards(tmp_path, {"val": [100], "train": [900, 900]})
+    change, message = DAMAGES[name]
+    path = tmp_path / "edufineweb_train_000002.npy"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(UserError, match=message):
+        TokenLoader(tmp_path, "train", 8, 1, 8)
+    path.unlink()
+    with pytest.raises(UserError, match="edufineweb_train_000002.npy is missing"):
+        TokenLoader(tmp_path, "train", 8, 1, 8)
+
+
+def test_a_bad_bin_shard_is_refused(tmp_path):
+    path = tmp_path / "train_0.bin"
+    for header, message in (
+        ([1, 1, 5], "its header is"),
+        ([20240520, 2, 5], "its header is"),
+        ([20240520, 1, 500], "cut short"),
+    ):
+        content = np.zeros(256, dtype=np.int32)
+        content[:3] = header
+        path.write_bytes(content.tobytes() + bytes(10))
+        with pytest.raises(UserError, match=message):
+            TokenLoader(tmp_path, "train", 2, 1, 2)
+
+
+def test_ids_above_the_vocabulary_do_not_reach_the_model(tmp_path):
+    write_shards(tmp_path, {"train": [200]})
+    tokens = np.load(tmp_path / "edufineweb_train_000000.npy")
+    tokens[150] = 257
+    np.save(tmp_path / "edufineweb_train_000000.npy", tokens)
+    loader = TokenLoader(tmp_path, "train", 10, 1, 10)
+    list(loader.batches(3))
+    with pytest.raises(UserError, match="has token 257, which is not below the vocabulary's 257"):
+        list(loader.batches(15))
+
+
+def test_the_loader_adds_little_memory_and_is_there_at_once(tmp_path):
+    write_shards(tmp_path, {"train": [30_000_000, 30_000_000]})
+    program = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from data_generator import TokenLoader
+def own():
+    return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) / 1000
+before, start = own(), time.time()
+loader = TokenLoader({str(tmp_path)!r}, "train", 1024, 64, 65536)
+next(loader.batches(0))
+first = time.time() - start
+for step in range(200):
+    for _ in loader.batches(step): pass
+print(first, own() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    seconds, megabytes = map(float, done.stdout.split())
+    assert megabytes < 64 and seconds < 1

@@ -1,0 +1,129 @@
+"""The log, the arithmetic of speed, the curve, the trackers."""
+
+import json
+import math
+
+import pytest
+from conftest import script
+
+import metrics
+from GPT_Modules import GPTConfig
+from metrics import Log, flops_per_token, peak_flops, read_log
+
+
+def test_flops_of_124m():
+    assert flops_per_token(GPTConfig(vocab_size=50304), 1024) == 854_654_976 == 6 * 123_568_128 + 12 * 12 * 768 * 1024
+
+
+def test_peak_rates_by_name():
+    rates = {
+        "NVIDIA A100-SXM4-80GB": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835,
+        "NVIDIA H200": 989, "NVIDIA L4": 121, "NVIDIA L40S": 362, "NVIDIA A10G": 70, "NVIDIA H20": 148,
+        "NVIDIA RTX 6000 Ada Generation": 364, "NVIDIA GeForce RTX 4090": 165,
+    }  # fmt: skip
+    for name, rate in rates.items():
+        assert peak_flops(name) == rate * 1e12, name
+    assert peak_flops("Tesla V100-SXM2-16GB") is None and peak_flops("Quadro RTX 6000") is None
+
+
+def test_duration():
+    assert [metrics.duration(s) for s in (0, 61, 3600, 90_000)] == ["0m00s", "1m01s", "1h00m", "25h00m"]
+
+
+def test_log_lines_and_what_a_resumed_run_drops(tmp_path):
+    log = Log(tmp_path, 0)
+    for step in range(6):
+        log.write(step, train=1 / (step + 3), lr=1e-4)
+    log.write(6, val=math.pi)
+    text = (tmp_path / "log.txt").read_text()
+    assert text.startswith("0 train 0.333333\n0 lr 0.0001\n") and text.endswith("6 val 3.14159\n")
+    with open(tmp_path / "log.txt", "a") as file:
+        file.write("7 train 0.1")  # torn: no end of line
+    log = Log(tmp_path, 4)
+    log.write(4, train=9.0)
+    steps = [step for step, _ in read_log(tmp_path)["train"]]
+    assert steps == [0, 1, 2, 3, 4] and read_log(tmp_path)["train"][-1] == (4, 9.0)
+    with open(tmp_path / "log.txt", "ab") as file:
+        file.write(b"\0\0\0\0garbage\n")
+    assert len(read_log(tmp_path)["train"]) == 5
+
+
+def write_run(directory, train: int, val=True, hella=True, dataset="HuggingFaceFW/fineweb-edu"):
+    log = Log(directory, 0)
+    for step in range(train):
+        log.write(step, train=3 + 8 / (1 + step / 40))
+        if step % 25 == 0:
+            log.write(step, **({"val": 3 + 8 / (1 + step / 40)} if val else {}), **({"hella": 0.25 + step / 9000} if hella else {}))
+    run = {"tokens_per_step": 2**19, "parameters": 124_475_904, "hardware": "8 x NVIDIA A100", "config": {"max_steps": train - 1}}
+    metrics.write_run(directory, run | {"data": {"dataset": dataset, "tokenizer": "gpt2"}})
+
+
+@pytest.mark.parametrize("case", [{}, {"train": 1}, {"train": 2, "hella": False}, {"val": False, "hella": False}, {"dataset": None}])
+def test_curves_of_all_kinds_of_runs(case, tmp_path):
+    from matplotlib.image import imread
+
+    write_run(tmp_path, **{"train": 300} | case)
+    image = imread(metrics.plot(tmp_path))
+    assert image.shape[0] > 400 and image[..., :3].std() > 0.05
+
+
+def test_reference_lines_stand_only_where_they_compare(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    lines, axhline = [], Axes.axhline
+    monkeypatch.setattr(Axes, "axhline", lambda self, y, **options: (lines.append(y), axhline(self, y, **options))[1])
+    write_run(tmp_path, 60)
+    metrics.plot(tmp_path)
+    assert lines == [3.2924, 0.2955, 0.337]
+    lines.clear()
+    write_run(tmp_path, 60, dataset="roneneldan/TinyStories")
+    metrics.plot(tmp_path)
+    assert lines == []
+
+
+def test_command_line(tmp_path, capsys):
+    write_run(tmp_path, 60)
+    assert metrics.main([str(tmp_path)]) == 0
+    assert "at step 59" in capsys.readouterr().out and (tmp_path / "curve.png").exists()
+    assert metrics.main([str(tmp_path / "nothing")]) == 2
+    assert "has no log.txt" in capsys.readouterr().err
+
+
+def test_a_missing_tracker_is_one_message(tmp_path):
+    write_run(tmp_path, 5)
+    program = "import sys; sys.modules['wandb'] = None\nsys.path.insert(0, sys.argv[1])\nimport metrics\n"
+    program += "sys.exit(metrics.main([sys.argv[2], '--tracker', 'wandb']))"
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+
+    done = subprocess.run([sys.executable, "-c", program, str(ROOT), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2 and "the package wandb is not installed: pip install wandb" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("follow", [[], ["--follow"]])
+def test_tensorboard_has_every_value(follow, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write_run(tmp_path, 60)
+    done = script("metrics.py", tmp_path, "--tracker=tensorboard", *follow)
+    assert done.returncode == 0, done.stderr
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
+    for stream, points in read_log(tmp_path).items():
+        if stream in events.Tags()["scalars"]:
+            got = [(event.step, event.value) for event in events.Scalars(stream)]
+        else:
+            got = [(event.step, event.tensor_proto.float_val[0]) for event in events.Tensors(stream)]
+        assert [step for step, _ in got] == [step for step, _ in points], stream
+        assert all(math.isclose(a, b, rel_tol=1e-5) for (_, a), (_, b) in zip(got, points, strict=True))
+
+
+@pytest.mark.slow
+def test_wandb_offline_has_every_step(tmp_path):
+    write_run(tmp_path, 60)
+    done = script("metrics.py", tmp_path, "--tracker=wandb", env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
+    assert done.returncode == 0, done.stderr
+    (summary,) = tmp_path.glob("wandb/offline-run-*/files/wandb-summary.json")
+    assert json.loads(summary.read_text())["_step"] == 59
