@@ -136,6 +136,7 @@ class Questions:
     batches: list[dict[str, torch.Tensor]]
     labels: np.ndarray  # (n,)
     lengths: np.ndarray  # (n, 4)
+    n_vocab: int  # rows of the head that are tokens; those that pad it are no choice
 
 
 def prepare(
@@ -144,19 +145,19 @@ def prepare(
     """Tokenize examples, once for every evaluation.
 
     The four endings share their context, so they stand one after the other in one row, and a mask keeps each from
-    seeing the others. Context that does not fit into block_size is cut on the left. Rows of like length share a
+    seeing the others. What does not fit into block_size is cut on the left. Rows of like length share a
     batch of about token_budget tokens.
     """
     rows, lengths = [], np.ones((len(examples), 4))
     for number, example in enumerate(examples):
         contexts = {}
         for choice, ending in enumerate(example["endings"]):
-            context, tokens, lengths[number, choice] = encode_choice(example, ending, encoding, style)
-            if not context or not tokens or len(tokens) > block_size:
-                raise UserError(
-                    f"HellaSwag example {number + 1}: its context or ending {choice + 1} is empty or too long"
-                )
-            context = tuple(context[-(block_size + 1 - len(tokens)) :])  # all but the last token are inputs
+            context, tokens, length = encode_choice(example, ending, encoding, style)
+            if not context or not tokens:
+                raise UserError(f"HellaSwag example {number + 1}: its context or ending {choice + 1} has no tokens")
+            whole, tokens = context + tokens, tokens[-block_size:]
+            context = tuple(whole[-(block_size + 1) : -len(tokens)])  # all but the last token are inputs
+            lengths[number, choice] = length if style == "harness" else len(tokens)
             contexts.setdefault(context, []).append((4 * number + choice, tokens))
         rows += contexts.items()
     rows.sort(key=row_length)
@@ -165,7 +166,7 @@ def prepare(
         if end == len(rows) or (end - start + 1) * row_length(rows[end]) > token_budget:
             batches.append(collate(rows[start:end]))
             start = end
-    return Questions(batches, np.array([example["label"] for example in examples]), lengths)
+    return Questions(batches, np.array([example["label"] for example in examples]), lengths, encoding.n_vocab)
 
 
 def row_length(row) -> int:
@@ -209,9 +210,10 @@ def losses(model: GPT, questions: Questions, progress: bool = False) -> np.ndarr
         mask = causal & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None]))  # (B, T, T)
         hidden = model.hidden(batch["idx"], batch["pos"], mask[:, None])  # (B, T, C)
         hidden = hidden.flatten(0, 1)[batch["where"]]  # (M, C)
-        rows = 2**26 // model.config.vocab_size
+        head = model.lm_head.weight[: questions.n_vocab]  # (V, C)
+        rows = 2**26 // questions.n_vocab
         for i in range(0, len(hidden), rows):  # (rows, V) logits at a time
-            logits = model.lm_head(hidden[i : i + rows]).float()
+            logits = F.linear(hidden[i : i + rows], head).float()
             loss = F.cross_entropy(logits, batch["targets"][i : i + rows], reduction="none")
             sums.index_add_(0, batch["slots"][i : i + rows], loss)
     return sums.view(-1, 4).cpu().double().numpy()

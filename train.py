@@ -86,7 +86,7 @@ PRESETS = {
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
     "demo": {
         "data_dir": "demo/data", "log_dir": "demo/log", "n_layer": 4, "n_head": 4, "n_embd": 128, "seq_len": 64,
-        "batch_size": 12, "total_batch_size": 768, "max_steps": 4500, "warmup_steps": 100, "max_lr": 3e-3,
+        "batch_size": 12, "total_batch_size": 768, "max_steps": 4000, "warmup_steps": 100, "max_lr": 3e-3,
         "min_lr": 0.0, "val_every": 500, "val_tokens": 76_800, "hellaswag_every": 0, "sample_every": 1000,
         "save_every": 500, "keep_every": 0,
     },

@@ -60,6 +60,11 @@ class Handler(BaseHTTPRequestHandler):
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if path.startswith("/api/"):
             self.api(path.removeprefix("/api/"), body, token)
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            wanted = json.loads(body)["objects"]
+            actions = {"upload": {"href": f"{self.hub.url}/large/OID"}}
+            objects = [o | {"actions": json.loads(json.dumps(actions).replace("OID", o["oid"]))} for o in wanted]
+            self.answer(200, {"transfer": "basic", "objects": objects})
         elif self.command == "PUT" and path.startswith("/large/"):
             self.hub.large[path.removeprefix("/large/")] = body
             self.answer(200)

@@ -75,7 +75,9 @@ def test_nothing_is_deleted_before_the_newer_one_is_verified(tmp_path, monkeypat
     with pytest.raises(SaveError, match="model_00003.pt could not be saved"):
         save_checkpoint(tmp_path, 0, content(3))
     monkeypatch.undo()
-    assert sorted(checkpoint_paths(tmp_path)) == [1, 2] and load_checkpoint(tmp_path / "model_checkpoint.pt")["step"] == 2
+    assert (
+        sorted(checkpoint_paths(tmp_path)) == [1, 2] and load_checkpoint(tmp_path / "model_checkpoint.pt")["step"] == 2
+    )
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -144,9 +146,8 @@ def test_every_script_refuses_a_damaged_file(tmp_path, capsys):
     path = save_checkpoint(tmp_path, 0, content(1))
     path.write_bytes(flip(path.read_bytes(), 8 * 30_000))
     (tmp_path / "one.jsonl").write_text("{}")
-    for main, words in (
-        (sample.main, ["x"]), (hellaswag.main, ["--data", str(tmp_path / "one.jsonl")]), (export.main, ["--out", str(tmp_path / "out")])
-    ):  # fmt: skip
+    data, out = ["--data", str(tmp_path / "one.jsonl")], ["--out", str(tmp_path / "out")]
+    for main, words in ((sample.main, ["x"]), (hellaswag.main, data), (export.main, out)):
         assert main([*words, "--model", str(path)]) == 2
         printed = capsys.readouterr()
         assert f"error: {path} is damaged" in printed.err and not printed.out.strip()
@@ -282,6 +283,8 @@ def test_campaign_of_kills_inside_the_save(tmp_path, campaign):
 def test_a_run_with_only_weights_cannot_be_continued(data_dir, tmp_path, capsys):
     import train
 
-    torch.save({"model": GPT(SHAPE).state_dict(), "config": SHAPE, "step": 5, "val_loss": 1.0}, tmp_path / "model_00005.pt")
+    torch.save(
+        {"model": GPT(SHAPE).state_dict(), "config": SHAPE, "step": 5, "val_loss": 1.0}, tmp_path / "model_00005.pt"
+    )
     assert train.main(flags(data_dir=data_dir, log_dir=tmp_path)) == 2
     assert "has weights only, no run to continue: use --init_from" in capsys.readouterr().err

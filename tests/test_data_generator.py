@@ -25,8 +25,8 @@ from cli import UserError
 from data_generator import FINEWEB_EDU, TokenLoader, get_tokenizer, read_manifest
 
 HAZARDS = [
-    "plain words", "", "a literal <|endoftext|> in the text", "\ud800 a lone surrogate \udfff", "a" * 1_000_000, "é中🙂" * 50,
-    "  spaces\n\n\tand\r\nlines  ", "long " * 9_000,
+    "plain words", "", "a literal <|endoftext|> in the text", "\ud800 a lone surrogate \udfff", "a" * 1_000_000,
+    "é中🙂" * 50, "  spaces\n\n\tand\r\nlines  ", "long " * 9_000,
 ]  # fmt: skip
 
 
@@ -303,7 +303,10 @@ def test_a_network_that_stays_away_ends_with_a_message_and_the_next_run_goes_on(
     hub, documents = fineweb
     down = lambda handler, path: "001_00000" in path and (handler.answer(503, b"") or True)  # noqa: E731
     hub.faults.append(down)
-    driver = "import sys, data_generator as d; d.PAUSES = (0.1, 0.2)\nif __name__ == '__main__': sys.exit(d.main(sys.argv[1:]))"
+    driver = (
+        "import sys, data_generator as d; d.PAUSES = (0.1, 0.2)\nif __name__ == '__main__':"
+        " sys.exit(d.main(sys.argv[1:]))"
+    )
     (tmp_path / "driver.py").write_text(driver)
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(tmp_path / "driver.py"), f"--data_dir={tmp_path / 'data'}", "--shard_size=4000"]
@@ -322,7 +325,13 @@ def test_a_network_that_stays_away_ends_with_a_message_and_the_next_run_goes_on(
 def test_other_hub_data_sets(tmp_path):
     rows = "".join(json.dumps({"body": text, "n": 1}) + "\n" for text in words_of(300)).encode()
     with Hub(
-        {"datasets/org/tales": {"README.md": b"# tales", "train.jsonl": b'{"body": "no", "n": 0}\n', "test.jsonl": rows}}
+        {
+            "datasets/org/tales": {
+                "README.md": b"# tales",
+                "train.jsonl": b'{"body": "no", "n": 0}\n',
+                "test.jsonl": rows,
+            }
+        }
     ) as hub:
         common = ["--dataset=org/tales", "--split=test", "--tokenizer=bytes"]
         done = generate(hub, tmp_path, *common)
@@ -521,8 +530,8 @@ sys.path.insert(0, {str(ROOT)!r})
 import data_generator
 peaks = []
 def memory():
-    pids = [os.getpid(), *map(int, subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split())]
-    total = 0
+    found = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split()
+    pids, total = [os.getpid(), *map(int, found)], 0
     for pid in pids:
         try:
             total += int(open(f"/proc/{{pid}}/smaps_rollup").read().split("Pss:")[1].split()[0])
@@ -535,7 +544,8 @@ def endless(state):
             peaks.append(memory())
         yield ["some words of a document that is one of very many " * 20] * 256, n
 data_generator.pydoc_batches = endless
-code = data_generator.main(["--dataset=pydoc", "--data_dir={tmp_path}", "--max_tokens=30000000", "--shard_size=2000000", "--num_proc=2"])
+words = "--dataset=pydoc --data_dir={tmp_path} --max_tokens=30000000 --shard_size=2000000 --num_proc=2"
+code = data_generator.main(words.split())
 print(*peaks)
 sys.exit(code)
 """

@@ -30,7 +30,9 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-HOLD = "import sys; sys.path.insert(0, {root!r})\nfrom files import only_writer\nwith only_writer({directory!r}): {what}"
+HOLD = (
+    "import sys; sys.path.insert(0, {root!r})\nfrom files import only_writer\nwith only_writer({directory!r}): {what}"
+)
 
 
 def test_one_writer_and_none_after_its_death(tmp_path):
@@ -52,7 +54,9 @@ def test_one_writer_and_none_after_its_death(tmp_path):
 
 def test_a_child_does_not_keep_the_lock(tmp_path):
     program = "import os, time; os.fork() == 0 and time.sleep(60)"
-    holder = subprocess.Popen([sys.executable, "-c", HOLD.format(root=str(ROOT), directory=str(tmp_path), what=program)])
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD.format(root=str(ROOT), directory=str(tmp_path), what=program)]
+    )
     holder.wait()
     with only_writer(tmp_path):
         pass

