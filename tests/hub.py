@@ -106,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
             wanted = json.loads(body)
             name = "/".join(filter(None, (wanted.get("organization") or "someone", wanted["name"])))
             self.hub.repositories.setdefault(name, {})
-            self.hub.private.setdefault(name, wanted.get("private"))
+            self.hub.private.setdefault(name, wanted.get("private", wanted.get("visibility") == "private"))
             return self.answer(200, {"url": f"{self.hub.url}/{name}", "name": name, "id": name})
         kind, _, rest = path.partition("/")
         prefix = "datasets/" if kind == "datasets" else ""
