@@ -403,10 +403,7 @@ def generate(config: DataConfig, manifest: dict) -> None:
         else:
             batches = dataset_batches(config, manifest["revision"], source)
         arrays = tokenized(checked(batches, config.text_field, documents), pool, in_flight=2 * config.num_proc)
-        bar = tqdm(
-            total=expected, initial=total, unit=" tokens", unit_scale=True, desc=f"shard {len(manifest['shards'])}"
-        )
-        with bar:
+        with tqdm(total=expected, initial=total, unit=" tokens", unit_scale=True) as bar:
             for tokens, source_after, documents_in_batch in arrays:
                 if config.max_tokens is not None:
                     tokens = tokens[: config.max_tokens - total + skip]
@@ -416,7 +413,7 @@ def generate(config: DataConfig, manifest: dict) -> None:
                         write_shard(data_dir, buffer, manifest)
                         write_manifest(data_dir, manifest)
                         filled = 0
-                        bar.set_description(f"shard {len(manifest['shards'])}")
+                        bar.set_postfix_str(f"shard {len(manifest['shards'])}")
                     part = tokens[skip : skip + config.shard_size - filled]
                     buffer[filled : filled + len(part)] = part
                     skip, filled, total = skip + len(part), filled + len(part), total + len(part)

@@ -121,6 +121,7 @@ def plot(log_dir) -> Path | None:
     """Draw LOG_DIR/curve.png: loss, and HellaSwag if measured, over steps and tokens; None if there is no loss."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     log, run = read_log(log_dir), read_run(log_dir)
     if not log.keys() & {"train", "val"}:
@@ -135,15 +136,15 @@ def plot(log_dir) -> Path | None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2 if with_hella else 1, squeeze=False)[0]
 
-    if "train" in log:
-        steps, losses = zip(*[point for point in log["train"] if math.isfinite(point[1])], strict=True)
+    if points := [point for point in log.get("train", []) if math.isfinite(point[1])]:
+        steps, losses = zip(*points, strict=True)
         axes[0].plot(steps, losses, color="tab:blue", alpha=0.2, linewidth=0.8)
         axes[0].plot(steps, smooth(losses), color="tab:blue", label=f"train, smoothed ({smooth(losses)[-1]:.4f})")
     if "val" in log:
         steps, losses = zip(*log["val"], strict=True)
         axes[0].plot(steps, losses, "o-", color="tab:orange", markersize=4, label=f"validation ({losses[-1]:.4f})")
         low, high = min(losses), losses[0]
-        axes[0].set_ylim(min(low, GPT2_VAL_LOSS if comparable else low) - 0.1, max(min(high, low + 3), low + 0.5))
+        axes[0].set_ylim(min(low, GPT2_VAL_LOSS if comparable else low) - 0.3, max(min(high, low + 3), low + 0.5))
     if comparable:
         axes[0].axhline(GPT2_VAL_LOSS, color="tab:red", linestyle="--", label=f"OpenAI GPT-2 124M ({GPT2_VAL_LOSS})")
     axes[0].set(
@@ -161,12 +162,15 @@ def plot(log_dir) -> Path | None:
                 GPT3_HELLASWAG, color="tab:green", linestyle="--", label=f"OpenAI GPT-3 124M ({GPT3_HELLASWAG})"
             )
         axes[1].set(xlabel="step", ylabel="HellaSwag acc_norm")
+    last = max(points[-1][0] for points in log.values())
     for axis in axes:
+        axis.set_xlim(-0.02 * max(1, last), 1.02 * max(1, last))
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+        axis.legend(framealpha=0.9, edgecolor="none")
         if tokens_per_step:
             top = axis.secondary_xaxis("top", functions=(lambda s: s * tokens_per_step, lambda t: t / tokens_per_step))
             top.set_xlabel("tokens")
+            top.xaxis.set_major_formatter(EngFormatter(sep=""))
     if run:
         figure.suptitle(
             f"{Path(log_dir).resolve().parent.name}/{Path(log_dir).resolve().name}: "

@@ -234,9 +234,8 @@ def hellaswag_score(raw_model: GPT, questions, n: int, device, autocast, world_s
 def hardware(device: torch.device, world_size: int) -> str:
     if device.type == "cuda":
         return f"{world_size} x {torch.cuda.get_device_name(device)}"
-    return f"{world_size} x {device.type}" + (
-        f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    )
+    threads = f", {torch.get_num_threads()} threads each" if device.type == "cpu" else ""
+    return f"{world_size} x {device.type.upper()}{threads}"
 
 
 def peak_memory(device: torch.device) -> float:
@@ -308,42 +307,32 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
 
     # ---- the run's arithmetic, before it costs anything
     parameters = sum(parameter.numel() for parameter in raw_model.parameters())
-    epochs = config.max_steps * config.total_batch_size / train_loader.tokens
+    precision = "bfloat16" if bf16 else "float32"
+    say(f"model: {parameters:,} parameters, {vars(gpt_config)}, from {path or config.init_from}")
     say(
-        f"model: {parameters:,} parameters, {gpt_config.n_layer} layers, {gpt_config.n_head} heads, {gpt_config.n_embd}"
-        f" channels, {gpt_config.vocab_size} rows for {encoding.n_vocab} tokens;"
-        f" {'new' if config.init_from == 'scratch' else config.init_from}"
+        f"data: {train_loader.tokens:,} {train_loader.tokenizer} tokens to learn from in {config.data_dir}; "
+        f"{config.max_steps:,} steps of {config.total_batch_size:,} are "
+        f"{config.max_steps * config.total_batch_size / train_loader.tokens:.2f} epochs"
     )
     say(
-        f"data: {train_loader.tokens:,} training tokens in {config.data_dir}; {config.max_steps:,} steps of "
-        f"{config.total_batch_size:,} tokens are {epochs:.2f} epochs"
+        f"machine: {hardware(device, world_size)}, {precision}, {'compiled' if compiled else 'not compiled'}; a step "
+        f"is {train_loader.micro_steps} micro-batches of {config.batch_size} x {config.seq_len} tokens for each process"
     )
-    say(
-        f"machine: {hardware(device, world_size)}, {'bfloat16' if bf16 else 'float32'},"
-        f" {'compiled' if compiled else 'not compiled'}; {train_loader.micro_steps} micro-batches of"
-        f" {config.batch_size} x {config.seq_len} tokens per process and step"
-    )
-    if device.type == "cuda" and not has_bf16 and config.dtype == "auto":
+    if device.type == "cuda" and not bf16 and config.dtype == "auto":
         say("this GPU has no bfloat16: training in float32, at a fraction of the speed")
     if not train_loader.complete:
-        say(
-            f"warning: {config.data_dir} is not complete: run data_generator.py again, or expect to see its tokens more"
-            " often"
-        )
+        say(f"WARNING: {config.data_dir} is not complete: run data_generator.py again for the rest of its tokens")
     if val_loader and val_steps * config.total_batch_size != config.val_tokens:
         say(
-            f"validation uses {val_steps * config.total_batch_size:,} tokens, the whole steps of {config.val_tokens:,}"
-            f" wanted and {val_loader.tokens:,} there"
+            f"validation uses {val_steps * config.total_batch_size:,} tokens: the whole steps in --val_tokens "
+            f"{config.val_tokens:,} and in the {val_loader.tokens:,} of the validation shards"
         )
     for reason in damaged:
         say(f"WARNING: {reason}: passed over")
     if checkpoint:
         say(f"going on from {path}, after {start_step:,} steps")
-        if config.max_steps > checkpoint["train_config"]["max_steps"]:
-            say(
-                f"max_steps was {checkpoint['train_config']['max_steps']}: from here the cosine ends at"
-                f" {config.max_steps}"
-            )
+        if config.max_steps > (before := checkpoint["train_config"]["max_steps"]):
+            say(f"max_steps was {before}: from here the cosine ends at {config.max_steps}")
     flops = metrics.flops_per_token(gpt_config, config.seq_len)
     peak_flops = metrics.peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" and bf16 else None
 
@@ -361,7 +350,7 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
                 "parameters": parameters,
                 "tokens_per_step": config.total_batch_size,
                 "hardware": hardware(device, world_size),
-                "precision": "bfloat16" if bf16 else "float32",
+                "precision": precision,
                 "compiled": compiled,
                 "versions": {"python": platform.python_version(), "torch": torch.__version__},
             },
@@ -407,23 +396,27 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
     stop, skips, seconds, last_line, saved = 0, 0, [], 0.0, True
     for step in range(start_step, config.max_steps + 1):
         last = step == config.max_steps or stop
+        validating, scoring, sampling = (
+            not stop and due(step, every, config.max_steps)
+            for every in (config.val_every, config.hellaswag_every, config.sample_every)
+        )
+        saving = (last or due(step, config.save_every, config.max_steps)) and step > start_step
         eval_start = time.time()
-        saving = (due(step, config.save_every, config.max_steps) or last) and step > start_step
-        validating = due(step, config.val_every, config.max_steps) and not stop
         if validating or saving:
             ranks_agree(raw_model, step, world_size)
         if validating:
             val_loss = validation_loss(model, val_loader, val_steps, device, autocast, world_size)
             record(step, val=val_loss)
             say(f"step {step:5d} | validation loss {val_loss:.4f} on {val_steps * config.total_batch_size:,} tokens")
-        if due(step, config.hellaswag_every, config.max_steps) and not stop:
+        if scoring:
             score = hellaswag_score(raw_model, questions, len(examples), device, autocast, world_size)
             record(step, hella=score)
             say(f"step {step:5d} | HellaSwag acc_norm {score:.4f} (style completion, {len(examples):,} examples)")
-        if due(step, config.sample_every, config.max_steps) and not stop and rank == 0:
+        if sampling and rank == 0:
             show_samples(raw_model, encoding, autocast, say)
-        if validating and rank == 0:
+        if validating or scoring or sampling:
             record(step, eval_s=time.time() - eval_start)
+        if validating and rank == 0:
             metrics.plot(config.log_dir)
         if saving:
             saved = save(step)
@@ -506,7 +499,8 @@ def show_samples(raw_model: GPT, encoding, autocast, say) -> None:
     for seed in (42, 43):
         with autocast:
             text = prompt + "".join(stream_text(raw_model, encoding, prompt, length, seed=seed))
-        say("  > " + text.replace("\n", "\n  > "))
+        text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)  # spares the terminal
+        say("  sample\n  > " + text.replace("\n", "\n  > "))
 
 
 @command
