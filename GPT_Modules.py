@@ -126,21 +126,25 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, learning):  # (n, C), (V, C), (n,), bool
         n, V = x.size(0), weight.size(0)
         # slices large enough for the matrix product, small enough to forget
-        rows = max(1, (2**29 if x.is_cuda else 2**26) // V)
+        rows = max(1, (2**29 if x.is_cuda else 2**25) // V)
         grad_x = torch.empty_like(x) if learning else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learning else None
         loss = x.new_zeros((), dtype=torch.float32)
         for i in range(0, n, rows):
             x_i, targets_i = x[i : i + rows], targets[i : i + rows, None]
-            logits = (x_i @ weight.T).float()  # (rows, V)
-            log_z = logits.logsumexp(dim=1, keepdim=True)  # (rows, 1)
-            loss += (log_z - logits.gather(1, targets_i)).sum() / n
+            logits = (x_i @ weight.T).float()  # (rows, V); from here in place: memory is what this is about
+            target_logits, highest = logits.gather(1, targets_i), logits.amax(dim=1, keepdim=True)  # (rows, 1) each
+            probs = logits.sub_(highest).exp_()
+            total = probs.sum(dim=1, keepdim=True)  # (rows, 1)
+            loss += (total.log() + highest - target_logits).sum() / n
             if learning:
-                probs = logits.sub_(log_z).exp_()
-                probs.scatter_add_(1, targets_i, torch.full_like(log_z, -1.0))
-                grad_logits = probs.div_(n).to(x.dtype)
+                probs.div_(total * n).scatter_add_(1, targets_i, torch.full_like(total, -1 / n))
+                grad_logits = probs.to(x.dtype)
                 grad_x[i : i + rows] = grad_logits @ weight
-                grad_weight += grad_logits.T @ x_i
+                if x.dtype == torch.float32:
+                    grad_weight.addmm_(grad_logits.T, x_i)
+                else:  # summed in float32 all the same
+                    grad_weight += grad_logits.T @ x_i
         if learning:
             ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
         return loss

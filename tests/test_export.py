@@ -26,7 +26,7 @@ FILES = {
     "README.md", "config.json", "generation_config.json", "merges.txt", "model.safetensors", "special_tokens_map.json",
     "tokenizer.json", "tokenizer_config.json", "vocab.json",
 }  # fmt: skip
-SMALL = GPTConfig(block_size=64, vocab_size=50304, n_layer=2, n_head=2, n_embd=32)
+SMALL = GPTConfig(block_size=1024, vocab_size=50304, n_layer=2, n_head=2, n_embd=32)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_the_folder(gpt2_folder, bytes_folder):
     }.items():
         assert hashlib.sha256((gpt2_folder / name).read_bytes()).hexdigest() == digest
     config = json.loads((gpt2_folder / "config.json").read_text())
-    assert (config["vocab_size"], config["n_ctx"], config["n_positions"], config["dtype"]) == (50257, 64, 64, "float32")
+    assert (config["vocab_size"], config["n_ctx"], config["n_positions"], config["dtype"]) == (50257, 1024, 1024, "float32")
     with safe_open(gpt2_folder / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"} and "lm_head.weight" not in file.keys()
         assert file.get_slice("transformer.wte.weight").get_shape() == [50257, 32]
