@@ -203,7 +203,7 @@ def dataset_batches(config: DataConfig, revision: str | None, state: dict | None
         except Exception as error:
             if local or (state is None and type(error) is ValueError):  # a wrong configuration, split or file
                 raise UserError(f"--dataset {config.dataset} can't be read: {first_line(error)}") from None
-            if failures == len(PAUSES) or (state is None and failures == 2):
+            if failures == len(PAUSES) or (state is None and failures == 1):
                 raise UserError(
                     f"{config.dataset} can't be fetched from the Hub: {first_line(error)}\nHINT: check the network and"
                     " run the same command again; what is written stays and is not fetched again",
@@ -233,7 +233,7 @@ def resolve_revision(config: DataConfig, manifest: dict | None) -> str | None:
         return manifest["revision"]
     from huggingface_hub import HfApi
 
-    for pause in (*PAUSES[:2], None):
+    for pause in (1, 2, None):
         try:
             return HfApi().dataset_info(config.dataset, revision=config.revision).sha
         except Exception as error:

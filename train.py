@@ -258,7 +258,9 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and has_bf16)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
-    torch.set_float32_matmul_precision("high")  # what stays in fp32 may use a GPU's TF32
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # what stays in fp32 may use TF32
 
     # ---- tokens
     shape = config.seq_len, config.batch_size, config.total_batch_size, rank, world_size
@@ -281,14 +283,13 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
         raw_model = GPT(checkpoint["config"])
         raw_model.load_state_dict(checkpoint["model"])
         start_step, val_loss = checkpoint["step"], checkpoint["val_loss"]
+        last_max_steps = checkpoint["train_config"]["max_steps"]
     else:
-        raw_model, start_step, val_loss = first_model(config, train_loader), 0, None
+        raw_model, start_step, val_loss, last_max_steps = first_model(config, train_loader), 0, None, config.max_steps
     gpt_config = raw_model.config
     questions = hellaswag.prepare(
         examples[rank::world_size], encoding, "completion", gpt_config.block_size, hellaswag.token_budget(device)
     )
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if world_size > 1:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=config.timeout)
@@ -298,6 +299,7 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
     optimizer = raw_model.configure_optimizers(config.weight_decay, config.max_lr)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
+    del checkpoint  # gigabytes
     compiled = device.type == "cuda" if config.compile is None else config.compile
     model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
     if world_size > 1:
@@ -329,10 +331,10 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
         )
     for reason in damaged:
         say(f"WARNING: {reason}: passed over")
-    if checkpoint:
+    if path:
         say(f"going on from {path}, after {start_step:,} steps")
-        if config.max_steps > (before := checkpoint["train_config"]["max_steps"]):
-            say(f"max_steps was {before}: from here the cosine ends at {config.max_steps}")
+    if last_max_steps != config.max_steps:
+        say(f"max_steps was {last_max_steps}: from here the cosine ends at {config.max_steps}")
     flops = metrics.flops_per_token(gpt_config, config.seq_len)
     peak_flops = metrics.peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" and bf16 else None
 

@@ -246,7 +246,7 @@ def test_the_default_command_on_the_hub(fineweb, tmp_path):
     )
 
 
-@pytest.mark.parametrize("fault", ["503", "reset", "short", "stall"])
+@pytest.mark.parametrize("fault", ["503", "reset", "short", pytest.param("stall", marks=pytest.mark.slow)])
 def test_network_faults_are_tried_again(fault, fineweb, tmp_path):
     hub, documents = fineweb
     left = [2]

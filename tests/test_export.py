@@ -61,7 +61,12 @@ def test_the_folder(gpt2_folder, bytes_folder):
     }.items():
         assert hashlib.sha256((gpt2_folder / name).read_bytes()).hexdigest() == digest
     config = json.loads((gpt2_folder / "config.json").read_text())
-    assert (config["vocab_size"], config["n_ctx"], config["n_positions"], config["dtype"]) == (50257, 1024, 1024, "float32")
+    assert (config["vocab_size"], config["n_ctx"], config["n_positions"], config["dtype"]) == (
+        50257,
+        1024,
+        1024,
+        "float32",
+    )
     with safe_open(gpt2_folder / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"} and "lm_head.weight" not in file.keys()
         assert file.get_slice("transformer.wte.weight").get_shape() == [50257, 32]

@@ -147,7 +147,7 @@ def test_wandb_offline_has_every_step(tmp_path):
 
 
 def wandb_history(data: bytes):
-    """The rows of a wandb file: LevelDB's log format, 7 bytes of header, blocks of 32 KB, pieces of 7 + length bytes."""
+    """The rows of a wandb file: LevelDB's log format, 7 bytes of header, blocks of 32 KB, pieces of 7 + length."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     at, whole = 7, b""

@@ -409,9 +409,10 @@ def test_signals_finish_the_step_save_and_leave(name, to, data_dir, long_run, tm
     assert load_checkpoint(tmp_path / "model_checkpoint.pt")["step"] == steps  # none lost
     if to == "rank":
         assert re.search(rf"exitcode\s*: {128 + number}", output), output
-    done = torchrun(2, "train.py", *flags(data_dir=data_dir, log_dir=tmp_path, **LONG | {"save_every": 1000}))
-    assert done.returncode == 0, done.stderr
-    assert_uninterrupted(tmp_path, long_run)
+    if name == "SIGTERM":  # the state that the others save is no other
+        done = torchrun(2, "train.py", *flags(data_dir=data_dir, log_dir=tmp_path, **LONG | {"save_every": 1000}))
+        assert done.returncode == 0, done.stderr
+        assert_uninterrupted(tmp_path, long_run)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
