@@ -87,7 +87,9 @@ def parse(cls, argv: list[str] | None, doc: str, presets: dict[str, dict] | None
     preset, for a dataclass with a field `preset`. positional: the field that is given without a flag.
     Raises UserError for words that don't fit.
     """
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    width = functools.partial(argparse.RawDescriptionHelpFormatter, width=130, max_help_position=26)
+    usage = f"%(prog)s {f'[{positional}] ' if positional else ''}[flags]"
+    parser = Parser(usage=usage, description=doc, formatter_class=width, allow_abbrev=False)
     comments, hints, group = field_comments(cls), typing.get_type_hints(cls), parser
     for field in dataclasses.fields(cls):
         heading, text = comments[field.name]
@@ -97,14 +99,15 @@ def parse(cls, argv: list[str] | None, doc: str, presets: dict[str, dict] | None
         if type(None) in typing.get_args(kind):  # int | None
             kind = typing.get_args(kind)[0]
         options = {"default": default, "help": text.replace("%", "%%")}
-        if default not in (None, False, dataclasses.MISSING):
-            options["help"] += f" (default: {default})"
         if typing.get_origin(kind) is typing.Literal:
-            options["choices"] = kind.__args__
+            options |= {"choices": kind.__args__, "metavar": "WHICH"}
+            options["help"] += f"; {', '.join(kind.__args__)}"
         elif kind is bool:
             options["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
         else:
             options |= {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
+        if default not in (None, False, "", dataclasses.MISSING):
+            options["help"] += f" (default: {default})"
         if field.name == positional:
             if default is not dataclasses.MISSING:
                 options["nargs"] = "?"

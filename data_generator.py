@@ -46,7 +46,7 @@ BIN_MAGIC, BIN_HEADER = 20240520, 256 * 4  # llm.c's and modded-nanogpt's .bin s
 class DataConfig:
     # the documents
     preset: Literal["fineweb-edu", "demo"] = "fineweb-edu"  # defaults of the other flags; demo: --dataset pydoc, small
-    dataset: str = FINEWEB_EDU  # a Hub data set, or pydoc, or local .txt .jsonl .parquet (a path or a quoted glob)
+    dataset: str = FINEWEB_EDU  # a Hub data set, or pydoc, or local .txt .jsonl .parquet (path or glob)
     name: str | None = None  # configuration of the Hub data set (default: sample-10BT for FineWeb-Edu)
     split: str = "train"  # split of the Hub data set
     text_field: str = "text"  # field or column that holds a document

@@ -73,7 +73,7 @@ class TrainConfig:
     keep_every: int = 5000  # checkpoints at multiples of it are kept for good; 0: only the last two
     # the machine
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrices; auto: bfloat16 on GPUs that have it
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # precision; auto is bfloat16 on GPUs that have it
     compile: bool | None = None  # torch.compile the model (default: on CUDA)
     timeout: int = 600  # seconds that ranks wait for each other
     seed: int = 1337  # of the first weights

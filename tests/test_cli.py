@@ -82,7 +82,7 @@ def test_help_is_read_from_the_comments(capsys):
         "--some_steps N",
         "steps, 100% of them (default: 5)",
         "choices:",
-        "{a,b}",
+        "which; a, b (default: a)",
     ):
         assert piece in printed
 
