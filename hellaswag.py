@@ -216,7 +216,7 @@ def losses(model: GPT, questions: Questions, progress: bool = False) -> np.ndarr
             logits = F.linear(hidden[i : i + rows], head).float()
             loss = F.cross_entropy(logits, batch["targets"][i : i + rows], reduction="none")
             sums.index_add_(0, batch["slots"][i : i + rows], loss)
-    return sums.view(-1, 4).cpu().double().numpy()
+    return sums.view(len(questions.labels), 4).cpu().double().numpy()
 
 
 def count_right(questions: Questions, losses: np.ndarray) -> tuple[int, int]:
