@@ -308,18 +308,22 @@ def read_manifest(data_dir) -> dict | None:
         raise UserError(f"{path} can't be read: {first_line(error)}") from None
 
 
-def write_manifest(data_dir: Path, manifest: dict) -> None:
-    with whole_file(data_dir / "manifest.json") as file:
-        file.write(json.dumps(manifest, indent=1).encode() + b"\n")
+def write_shard(data_dir: Path, tokens: np.ndarray, manifest: dict, position: dict | None) -> None:
+    """Write the next shard, whole, then the manifest. position: where the source goes on, None at its end.
 
-
-def write_shard(data_dir: Path, tokens: np.ndarray, manifest: dict) -> None:
-    """Write the next shard, whole, and add it to the manifest in memory."""
+    Raises UserError if the disk does not take them; what was there before is untouched.
+    """
     number = len(manifest["shards"])
     path = data_dir / f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
+    begun = int(np.count_nonzero(tokens == get_tokenizer(manifest["tokenizer"]).eot_token))
     try:
         with whole_file(path) as file:
             np.save(file, tokens)
+        entry = {"file": path.name, "tokens": len(tokens), "documents": begun, "sha256": sha256(path)}
+        manifest["shards"].append(entry)
+        manifest |= {"position": position, "complete": position is None}
+        with whole_file(data_dir / "manifest.json") as file:
+            file.write(json.dumps(manifest, indent=1).encode() + b"\n")
     except OSError as error:
         raise UserError(
             f"{path} can't be written: {error}; it needs {tokens.nbytes + 128:,} bytes, "
@@ -327,8 +331,6 @@ def write_shard(data_dir: Path, tokens: np.ndarray, manifest: dict) -> None:
             f"HINT: the {number} shards before it are whole; make room and run the same command again",
             code=1,
         ) from None
-    begun = int(np.count_nonzero(tokens == get_tokenizer(manifest["tokenizer"]).eot_token))
-    manifest["shards"].append({"file": path.name, "tokens": len(tokens), "documents": begun, "sha256": sha256(path)})
 
 
 def sha256(path) -> str:
@@ -409,9 +411,9 @@ def generate(config: DataConfig, manifest: dict) -> None:
                     tokens = tokens[: config.max_tokens - total + skip]
                 while skip < len(tokens):
                     if filled == config.shard_size:  # only now that more follows: the last shard may be exactly full
-                        manifest["position"] = {"source": source, "documents": documents, "skip": skip}
-                        write_shard(data_dir, buffer, manifest)
-                        write_manifest(data_dir, manifest)
+                        write_shard(
+                            data_dir, buffer, manifest, {"source": source, "documents": documents, "skip": skip}
+                        )
                         filled = 0
                         bar.set_postfix_str(f"shard {len(manifest['shards'])}")
                     part = tokens[skip : skip + config.shard_size - filled]
@@ -428,10 +430,7 @@ def generate(config: DataConfig, manifest: dict) -> None:
             f"{config.dataset} has {total:,} tokens, which all fit into shard 0, the validation shard: nothing is left"
             f" to train on.\nHINT: --shard_size {max(1, total // 10)}"
         )
-    if filled:
-        write_shard(data_dir, buffer[:filled], manifest)
-    manifest |= {"position": None, "complete": True}
-    write_manifest(data_dir, manifest)
+    write_shard(data_dir, buffer[:filled], manifest, None)
 
 
 def verify(config: DataConfig) -> int:
