@@ -234,7 +234,7 @@ def hellaswag_score(raw_model: GPT, questions, n: int, device, autocast, world_s
 def hardware(device: torch.device, world_size: int) -> str:
     if device.type == "cuda":
         return f"{world_size} x {torch.cuda.get_device_name(device)}"
-    threads = f", {torch.get_num_threads()} threads each" if device.type == "cpu" else ""
+    threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     return f"{world_size} x {device.type.upper()}{threads}"
 
 
@@ -310,9 +310,13 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
     # ---- the run's arithmetic, before it costs anything
     parameters = sum(parameter.numel() for parameter in raw_model.parameters())
     precision = "bfloat16" if bf16 else "float32"
-    say(f"model: {parameters:,} parameters, {vars(gpt_config)}, from {path or config.init_from}")
     say(
-        f"data: {train_loader.tokens:,} {train_loader.tokenizer} tokens to learn from in {config.data_dir}; "
+        f"model: {parameters:,} parameters from {path or config.init_from}; {gpt_config.n_layer} layers, "
+        f"{gpt_config.n_head} heads, {gpt_config.n_embd} channels, {gpt_config.block_size} tokens of context, "
+        f"{gpt_config.vocab_size} words"
+    )
+    say(
+        f"data: {train_loader.tokens:,} tokens ({train_loader.tokenizer}) to learn from in {config.data_dir}; "
         f"{config.max_steps:,} steps of {config.total_batch_size:,} are "
         f"{config.max_steps * config.total_batch_size / train_loader.tokens:.2f} epochs"
     )
@@ -496,11 +500,11 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
 
 
 def show_samples(raw_model: GPT, encoding, autocast, say) -> None:
-    """Two texts: what the model writes now."""
+    """Two texts that the model writes now, a little on the safe side."""
     prompt, length = ("Hello, I'm a language model,", 64) if encoding.name == "gpt2" else ("", 256)
     for seed in (42, 43):
         with autocast:
-            text = prompt + "".join(stream_text(raw_model, encoding, prompt, length, seed=seed))
+            text = prompt + "".join(stream_text(raw_model, encoding, prompt, length, temperature=0.8, seed=seed))
         text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)  # spares the terminal
         say("  sample\n  > " + text.replace("\n", "\n  > "))
 
