@@ -177,7 +177,7 @@ def model_card(name: str, model: GPT, tokenizer: str, checkpoint: dict, log_dir:
     source = {"pydoc": f"the documentation of Python {data.get('revision')}", None: "unnamed shards"}.get(
         data.get("dataset"), data.get("dataset")
     )
-    results = []
+    unit, results = "byte" if tokenizer == "bytes" else "token", []
     if checkpoint.get("val_loss") is not None:
         results.append(
             EvalResult(
@@ -186,7 +186,7 @@ def model_card(name: str, model: GPT, tokenizer: str, checkpoint: dict, log_dir:
                 f"{source}, validation shard",
                 "loss",
                 round(checkpoint["val_loss"], 4),
-                metric_name="loss (nats per token)",
+                metric_name=f"loss (nats per {unit})",
             )
         )
     if log.get("hella"):
@@ -213,7 +213,6 @@ def model_card(name: str, model: GPT, tokenizer: str, checkpoint: dict, log_dir:
 
     shape = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    unit = "byte" if tokenizer == "bytes" else "token"
     lines = ["---", header.to_yaml(), "---", "", f"# {name}", ""]
     lines += [
         (

@@ -71,7 +71,8 @@ def main(argv=None) -> int:
     model, tokenizer = load_model(config.model, choose_device(config.device))
     encoding = get_tokenizer(tokenizer)
     for number in range(config.num_samples):
-        print(f"--- sample {number + 1} of {config.num_samples}" if config.num_samples > 1 else "", flush=True)
+        if config.num_samples > 1:
+            print(f"--- sample {number + 1} of {config.num_samples}")
         print(prompt, end="", flush=True)
         options = config.max_new_tokens, config.temperature, config.top_k, config.seed + number
         for piece in stream_text(model, encoding, prompt, *options):
