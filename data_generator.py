@@ -648,11 +648,8 @@ def main(argv=None) -> int:
     if shards[-1]["tokens"] < config.shard_size:
         print(f"the last shard is shorter, as it should be: {shards[-1]['tokens']:,} tokens")
     preset = " --preset demo" if config.preset == "demo" else ""
-    where = (
-        ""
-        if config.data_dir == (PRESETS[config.preset] or vars(DataConfig))["data_dir"]
-        else f" --data_dir {config.data_dir}"
-    )
+    usual = PRESETS[config.preset].get("data_dir", DataConfig.data_dir)
+    where = "" if config.data_dir == usual else f" --data_dir {config.data_dir}"
     print(f"next: python train.py{preset}{where}")
     return 0
 

@@ -57,7 +57,7 @@ def test_gradients_are_transformers():
         assert torch.allclose(parameter.grad, reference, atol=1e-5), name
 
 
-@pytest.mark.parametrize("V", [1000, 2**20])  # one slice of rows, three slices
+@pytest.mark.parametrize("V", [1000, 2**19])  # one slice of rows, three slices
 def test_chunked_loss_is_cross_entropy(V):
     x, weight = torch.randn(130, 2, requires_grad=True), torch.randn(V, 2, requires_grad=True)
     targets = torch.randint(V, (130,))

@@ -231,6 +231,7 @@ def test_load_model_says_what_is_wrong(tmp_path):
             load_model(name)
 
 
+@pytest.mark.slow
 def test_no_network_for_the_hubs_weights(tmp_path):
     done = script("sample.py", "x", "--model=gpt2", env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)})
     assert done.returncode == 2 and "gpt2 can't be read from the Hub" in done.stderr and "Traceback" not in done.stderr
