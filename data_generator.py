@@ -19,6 +19,7 @@ import platform
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -262,26 +263,39 @@ def start_worker(tokenizer: str) -> None:
     threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
-def encode_documents(texts: list[str]) -> np.ndarray:
-    """<|endoftext|> and the tokens of each text, as one uint16 array. Text is text: a literal "<|endoftext|>" in it
-    does not become the token."""
+def encode_documents(texts: list[str], path: str) -> None:
+    """Write <|endoftext|> and the tokens of each text to a file of uint16. Text is text: a literal "<|endoftext|>" in
+    it does not become the token."""
     tokens = []
     for text in texts:
         tokens.append(encoding.eot_token)
         tokens.extend(encoding.encode_ordinary(text))
-    return np.array(tokens, dtype=np.uint16)  # numpy raises for ids that don't fit
+    np.array(tokens, dtype=np.uint16).tofile(path)  # numpy raises for ids that don't fit
 
 
 def tokenized(batches, pool, in_flight: int):
-    """(tokens, state after the batch, documents in it) for each batch, in order, at most `in_flight` of them ahead."""
+    """(tokens, state after the batch, documents in it) for each batch, in order, at most `in_flight` of them ahead.
+
+    The tokens come in files: a worker that is killed while it sends an array through the pool's pipe would leave the
+    pool waiting for the rest of it for ever.
+    """
     pending = collections.deque()
-    for texts, state in batches:
-        pending.append((pool.submit(encode_documents, texts), state, len(texts)))
-        if len(pending) > in_flight:
-            future, state, documents = pending.popleft()
-            yield future.result(), state, documents
-    for future, state, documents in pending:
-        yield future.result(), state, documents
+    with tempfile.TemporaryDirectory(prefix="gpt124m-") as directory:
+
+        def first():
+            future, path, state, documents = pending.popleft()
+            future.result()
+            tokens = np.fromfile(path, dtype=np.uint16)
+            os.unlink(path)
+            return tokens, state, documents
+
+        for number, (texts, state) in enumerate(batches):
+            path = os.path.join(directory, str(number))
+            pending.append((pool.submit(encode_documents, texts, path), path, state, len(texts)))
+            if len(pending) > in_flight:
+                yield first()
+        while pending:
+            yield first()
 
 
 def checked(batches, text_field: str, documents: int):
@@ -399,7 +413,7 @@ def generate(config: DataConfig, manifest: dict) -> None:
 
     with concurrent.futures.ProcessPoolExecutor(config.num_proc, None, start_worker, (config.tokenizer,)) as pool:
         # the workers start before the Hub's threads and locks exist: a fork would copy those half-way
-        list(pool.map(encode_documents, [[]] * config.num_proc))
+        list(pool.map(abs, range(config.num_proc)))
         if config.dataset == "pydoc":
             batches = pydoc_batches(source)
         else:

@@ -219,7 +219,7 @@ configs:
 @pytest.fixture
 def fineweb():
     """A small repository of FineWeb-Edu's layout, served by this machine; the documents of its sample-10BT."""
-    parts = [words_of(250, seed) for seed in range(3)]
+    parts = [words_of(900, seed) for seed in range(3)]
     files = {f"sample/10BT/{n:03d}_00000.parquet": parquet(part) for n, part in enumerate(parts)}
     with Hub(
         {f"datasets/{FINEWEB_EDU}": {"README.md": README, "data/CC/0.parquet": parquet(["wrong"]), **files}}
@@ -301,7 +301,7 @@ def test_a_body_that_lies_about_its_length_is_not_taken_for_a_whole_one(fineweb,
 @pytest.mark.slow
 def test_a_network_that_stays_away_ends_with_a_message_and_the_next_run_goes_on(fineweb, tmp_path):
     hub, documents = fineweb
-    down = lambda handler, path: "001_00000" in path and (handler.answer(503, b"") or True)  # noqa: E731
+    down = lambda handler, path: "002_00000" in path and (handler.answer(503, b"") or True)  # noqa: E731
     hub.faults.append(down)
     driver = (
         "import sys, data_generator as d; d.PAUSES = (0.1, 0.2)\nif __name__ == '__main__':"
