@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from cli import UserError
+from cli import UserError, first_line
 from files import sync_directory, whole_file
 from GPT_Modules import GPT
 
@@ -109,8 +109,7 @@ def load_checkpoint(path) -> dict:
             raise ValueError("it is no checkpoint: model or config is missing")
         return content
     except Exception as error:  # damaged files raise eight kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no details"
-        raise UserError(f"{path} is damaged or not a checkpoint: {type(error).__name__}: {reason}") from None
+        raise UserError(f"{path} is damaged or not a checkpoint: {first_line(error)}") from None
 
 
 def newest_checkpoint(log_dir) -> tuple[dict | None, Path | None, list[str]]:
@@ -150,6 +149,5 @@ def load_model(name: str, device="cpu") -> tuple[GPT, str]:
         model = GPT.from_pretrained(name)
     except Exception as error:  # what the Hub's HTTP library raises can't be named without naming the library
         where = "as a model folder" if path.is_dir() else "from the Hub"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no details"
-        raise UserError(f"{name} can't be read {where}: {type(error).__name__}: {reason}") from None
+        raise UserError(f"{name} can't be read {where}: {first_line(error)}") from None
     return model.to(device).eval(), "bytes" if model.config.vocab_size == 257 else "gpt2"

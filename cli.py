@@ -56,6 +56,11 @@ def command(main):
     return run
 
 
+def first_line(error: Exception) -> str:
+    """One line about an error, for people."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}"
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (\S+)", message)

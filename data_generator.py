@@ -31,7 +31,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from cli import UserError, command, parse
+from cli import UserError, command, first_line, parse
 from files import only_writer, whole_file
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
@@ -213,11 +213,6 @@ def dataset_batches(config: DataConfig, revision: str | None, state: dict | None
             tqdm.write(f"network: {first_line(error)}; next try in {PAUSES[failures]} s", file=sys.stderr)
             time.sleep(PAUSES[failures])
             failures += 1
-
-
-def first_line(error: Exception) -> str:
-    """One line about an error, for people."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}"
 
 
 def dataset_name(config: DataConfig) -> str | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import load_checkpoint, load_model
-from cli import UserError, command, parse
+from cli import UserError, command, first_line, parse
 from data_generator import get_tokenizer
 from files import sync_directory, whole_file
 from GPT_Modules import GPT, TRANSPOSED, GPTConfig
@@ -368,9 +368,9 @@ def explain_hub(error: Exception, repository: str) -> UserError:
         return UserError("the Hub does not accept your token: run `hf auth login` with a new one")
     if status == 403:
         return UserError(f"your token may not write to {repository}: run `hf auth login` with a token of type write")
-    reason = re.sub(r"hf_\w+", "hf_...", str(error).strip().splitlines()[0] if str(error).strip() else "no details")
+    reason = re.sub(r"hf_\w+", "hf_...", first_line(error))
     return UserError(
-        f"the Hub can't be reached or refused {repository}: {type(error).__name__}: {reason}\n"
+        f"the Hub can't be reached or refused {repository}: {reason}\n"
         "HINT: check the network and run the same command again",
         code=1 if status else 2,
     )

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import load_model
-from cli import UserError, choose_device, command, parse
+from cli import UserError, choose_device, command, first_line, parse
 from data_generator import get_tokenizer
 from GPT_Modules import GPT
 
@@ -84,8 +84,7 @@ def fetch_examples():
     try:
         examples = datasets.load_dataset("Rowan/hellaswag", split="validation")
     except Exception as error:  # the Hub's errors are of many kinds, some of libraries below it
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no details"
-        raise UserError(f"HellaSwag can't be fetched from the Hub: {type(error).__name__}: {reason}\n{hint}") from None
+        raise UserError(f"HellaSwag can't be fetched from the Hub: {first_line(error)}\n{hint}") from None
     if len(examples) != VALIDATION_EXAMPLES:
         raise UserError(f"HellaSwag from the Hub has {len(examples)} examples instead of {VALIDATION_EXAMPLES}\n{hint}")
     return examples
