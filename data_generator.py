@@ -498,7 +498,7 @@ def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
         raise UserError(f"{path} is damaged: its header says {count:,} tokens, its size {(size - offset) / 2:,.1f}")
     if tokens is not None and count != tokens:
         raise UserError(f"{path} has {count:,} tokens, its manifest says {tokens:,}")
-    return array
+    return np.asarray(array)  # slices of the plain view cost less than a memmap's
 
 
 class TokenLoader:
@@ -570,14 +570,13 @@ class TokenLoader:
     def read_batch(self, step: int, micro_step: int):
         """One micro-batch. In a step, sequences go to the ranks in turn, B at a time."""
         first = step * self.sequences_per_step + (micro_step * self.world_size + self.rank) * self.B
-        rows = []
-        while len(rows) < self.B:  # once round, but where the stream begins again
-            start = (first + len(rows)) % self.sequences
-            count = min(self.B - len(rows), self.sequences - start)
+        parts = []
+        while (have := sum(len(x) for x, _ in parts)) < self.B:  # once round, but where the stream begins again
+            start = (first + have) % self.sequences
+            count = min(self.B - have, self.sequences - start)
             tokens = self.read(start * self.T, count * self.T + 1)
-            rows += [tokens[i * self.T : (i + 1) * self.T + 1] for i in range(count)]
-        batch = torch.from_numpy(np.stack(rows))  # (B, T + 1)
-        x, y = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+            parts.append((tokens[:-1].reshape(count, self.T), tokens[1:].reshape(count, self.T)))
+        x, y = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))  # (B, T) each
         return (x.pin_memory(), y.pin_memory()) if torch.cuda.is_available() else (x, y)
 
     def read(self, start: int, count: int) -> np.ndarray:
