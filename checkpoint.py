@@ -9,6 +9,7 @@ LOG_DIR/model_05000.pt is the state after 5000 updates; model_checkpoint.pt poin
 import os
 import re
 import shutil
+import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,8 +56,15 @@ def save_checkpoint(log_dir, keep_every: int, content: dict) -> Path:
     older = sorted(step for step in steps if step < content["step"])
     for step in older[:-1]:
         if not (keep_every and step % keep_every == 0):
-            steps[step].unlink()
+            delete(steps[step])
     return path
+
+
+def delete(path: Path) -> None:
+    """Remove a file. Its name goes now; to give back gigabytes takes the kernel a while, so a thread waits for that."""
+    file = open(path, "rb")
+    path.unlink()
+    threading.Thread(target=file.close).start()
 
 
 def check_finite(content: dict) -> None:
