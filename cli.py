@@ -52,8 +52,16 @@ def command(main):
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
+        except BrokenPipeError:
+            forget_output()
+            return 1
 
     return run
+
+
+def forget_output() -> None:
+    """Nobody reads our output any more (`| head`, a closed terminal): what is still printed goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def first_line(error: Exception) -> str:

@@ -6,7 +6,8 @@
     python train.py --init_from gpt2 --data_dir mydata --log_dir tuned          from OpenAI's weights, on other data
 
 The same command starts a run and continues it. A step is `total_batch_size` tokens whatever the number of GPUs; they
-share it out in micro-batches of `batch_size` sequences. Ctrl-C, SIGTERM and SIGUSR1 finish the step, save, and leave.
+share it out in micro-batches of `batch_size` sequences. Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal finish the step,
+save, and leave.
 
 Shapes: B sequences in a micro-batch (batch_size), T tokens in a sequence (seq_len).
 """
@@ -14,7 +15,6 @@ Shapes: B sequences in a micro-batch (batch_size), T tokens in a sequence (seq_l
 import contextlib
 import dataclasses
 import datetime
-import functools
 import math
 import os
 import platform
@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 import hellaswag
 import metrics
 from checkpoint import SaveError, load_model, newest_checkpoint, point_newest, save_checkpoint
-from cli import UserError, choose_device, command, parse
+from cli import UserError, choose_device, command, forget_output, parse
 from data_generator import TokenLoader, get_tokenizer
 from files import only_writer
 from GPT_Modules import GPT, GPTConfig
@@ -86,8 +86,8 @@ PRESETS = {
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
     "demo": {
         "data_dir": "demo/data", "log_dir": "demo/log", "n_layer": 4, "n_head": 4, "n_embd": 128, "seq_len": 64,
-        "batch_size": 12, "total_batch_size": 768, "max_steps": 4000, "warmup_steps": 100, "max_lr": 3e-3,
-        "min_lr": 0.0, "val_every": 500, "val_tokens": 76_800, "hellaswag_every": 0, "sample_every": 1000,
+        "batch_size": 8, "total_batch_size": 512, "max_steps": 6000, "warmup_steps": 150, "max_lr": 3e-3,
+        "min_lr": 0.0, "val_every": 500, "val_tokens": 76_800, "hellaswag_every": 0, "sample_every": 1500,
         "save_every": 500, "keep_every": 0,
     },
 }  # fmt: skip
@@ -98,7 +98,7 @@ MAY_CHANGE = {
     "hellaswag_data", "sample_every", "save_every", "keep_every", "device", "compile", "timeout",
 }  # fmt: skip
 MODEL_FLAGS = tuple(field.name for field in dataclasses.fields(GPTConfig))
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 SKIPS_IN_A_ROW = 10  # updates that may be skipped for NaN or Inf before the run is given up
 
 
@@ -252,7 +252,14 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
     rank, world_size, local_rank = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
-    say = functools.partial(print, flush=True) if rank == 0 else lambda *words: None
+
+    def say(text: str) -> None:
+        if rank == 0:
+            try:
+                print(text, flush=True)
+            except OSError:  # a terminal that is gone is no reason to stop; log.txt has the numbers
+                forget_output()
+
     check_config(config)
     device = choose_device(config.device, local_rank)
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -261,6 +268,10 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # what stays in fp32 may use TF32
+    if device.type == "cpu":
+        # glibc's malloc keeps blocks as large as the largest that it saw freed (up to 32 MB); smaller habits would give
+        # the activations back to the kernel in every step, and fetch them again page by page
+        torch.empty(31 * 2**18)
 
     # ---- tokens
     shape = config.seq_len, config.batch_size, config.total_batch_size, rank, world_size
@@ -308,10 +319,11 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
         )
 
     # ---- the run's arithmetic, before it costs anything
-    parameters = sum(parameter.numel() for parameter in raw_model.parameters())
+    parameters = list(raw_model.parameters())
+    n_parameters = sum(parameter.numel() for parameter in parameters)
     precision = "bfloat16" if bf16 else "float32"
     say(
-        f"model: {parameters:,} parameters from {path or config.init_from}; {gpt_config.n_layer} layers, "
+        f"model: {n_parameters:,} parameters from {path or config.init_from}; {gpt_config.n_layer} layers, "
         f"{gpt_config.n_head} heads, {gpt_config.n_embd} channels, {gpt_config.block_size} tokens of context, "
         f"{gpt_config.vocab_size} words"
     )
@@ -353,7 +365,7 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
                 "config": vars(config),
                 "model": vars(gpt_config),
                 "data": data,
-                "parameters": parameters,
+                "parameters": n_parameters,
                 "tokens_per_step": config.total_batch_size,
                 "hardware": hardware(device, world_size),
                 "precision": precision,
@@ -365,7 +377,8 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
     # a signal only leaves a note; the ranks read it together at the end of the step
     received, parent = [], os.getppid()
     for number in SIGNALS:
-        stack.callback(signal.signal, number, signal.signal(number, lambda number, frame: received.append(number)))
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+            stack.callback(signal.signal, number, signal.signal(number, lambda number, frame: received.append(number)))
 
     def record(step, **values):
         if log:
@@ -442,15 +455,14 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
                 _, loss = model(x, y)
             (loss / train_loader.micro_steps).backward()
             loss_sum += loss.detach() / (train_loader.micro_steps * world_size)
-        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         # one exchange and one synchronisation a step: loss, norm, and which signals the ranks have had
         orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent  # torchrun was killed
         notes = [number in received or (orphaned and number == signal.SIGTERM) for number in SIGNALS]
-        shared = torch.cat((loss_sum.view(1), torch.tensor(notes, dtype=torch.float32, device=device)))
+        shared = torch.cat((loss_sum.view(1), torch.tensor(notes).to(device, torch.float32, non_blocking=True)))
         if world_size > 1:
             dist.all_reduce(shared)
         loss, *notes, norm = torch.cat((shared, norm.view(1))).tolist()
-        seconds = [*seconds[-49:], time.time() - step_start]
         if math.isfinite(loss) and math.isfinite(norm):  # the same on every rank: both are sums over all of them
             optimizer.step()
             skips = 0
@@ -459,6 +471,7 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
             skips += 1
             say(f"step {step:5d} | loss {loss} norm {norm}: not finite, the update is skipped")
         optimizer.zero_grad()
+        seconds = [*seconds[-49:], time.time() - step_start]
         stop = next((number for number, count in zip(SIGNALS, notes, strict=True) if count), 0)
         if skips == SKIPS_IN_A_ROW:
             raise UserError(

@@ -1,9 +1,11 @@
 """Text from a model: the same seed, the same text; as it is generated; from words, a file or standard input."""
 
 import io
+import subprocess
+import sys
 
 import torch
-from conftest import script
+from conftest import ROOT, script
 
 import sample
 from data_generator import get_tokenizer
@@ -73,3 +75,10 @@ def test_bad_input(trained, tmp_path, capsys):
 def test_as_a_command(trained):
     done = script("sample.py", "-", "--model", trained / "model_checkpoint.pt", "--num_samples=1", input="class ")
     assert done.returncode == 0 and "class " in done.stdout and not done.stderr
+
+
+def test_nobody_listens_any_more(trained):
+    words = [sys.executable, str(ROOT / "sample.py"), "a", "--model", str(trained / "model_checkpoint.pt")]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()  # as `| head` does when it has enough
+    assert process.wait(timeout=60) == 1 and process.stderr.read() == ""

@@ -392,11 +392,10 @@ def test_resume_without_a_part_of_the_state_is_noticed(what, data_dir, trained, 
         assert_same_weights(tmp_path, trained)
 
 
-@pytest.mark.parametrize(
-    "name, to", [("SIGTERM", "torchrun"), ("SIGINT", "torchrun"), ("SIGUSR1", "torchrun"), ("SIGTERM", "rank")]
-)
+@pytest.mark.parametrize("to", ["torchrun", "rank"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_signals_finish_the_step_save_and_leave(name, to, data_dir, long_run, tmp_path):
-    launcher = ("--standalone", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1")
+    launcher = ("--standalone", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1,SIGHUP")
     process = start_torchrun(
         2, *flags(data_dir=data_dir, log_dir=tmp_path, **LONG | {"save_every": 1000}), launcher=launcher
     )
@@ -415,7 +414,7 @@ def test_signals_finish_the_step_save_and_leave(name, to, data_dir, long_run, tm
         assert_uninterrupted(tmp_path, long_run)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
 def test_exit_code_of_one_process(name, data_dir, tmp_path):
     words = flags(data_dir=data_dir, log_dir=tmp_path, max_steps=40)
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words], stdout=subprocess.PIPE, text=True)
@@ -423,6 +422,18 @@ def test_exit_code_of_one_process(name, data_dir, tmp_path):
     process.send_signal(signal.Signals[name])
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.Signals[name] and "the same command goes on from here" in output
+
+
+def test_a_run_outlives_its_terminal(data_dir, trained, tmp_path):
+    """Under nohup a hangup is nothing; and when nobody reads its output any more, the run goes on without."""
+    words = ["nohup", sys.executable, str(ROOT / "train.py"), *flags(data_dir=data_dir, log_dir=tmp_path)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    wait_for(lambda: log_lines(tmp_path))
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 0 and "Traceback" not in process.stderr.read()
+    assert_same_weights(tmp_path, trained)
 
 
 def test_second_job_is_refused_and_orphans_leave(data_dir, tmp_path):
