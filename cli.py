@@ -54,6 +54,7 @@ def command(main):
             return 130
         except BrokenPipeError:
             forget_output()
+            print("stopped: nobody reads the output", file=sys.stderr)
             return 1
 
     return run

@@ -269,8 +269,8 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # what stays in fp32 may use TF32
     if device.type == "cpu":
-        # glibc's malloc keeps blocks as large as the largest that it saw freed (up to 32 MB); smaller habits would give
-        # the activations back to the kernel in every step, and fetch them again page by page
+        # glibc's malloc keeps free blocks as large as the largest that it has seen freed (32 MB at most); else it gives
+        # the activations back to the kernel in every step, and fetches them again page by page
         torch.empty(31 * 2**18)
 
     # ---- tokens

@@ -14,7 +14,6 @@ for ours only, as the README advises.
 """
 
 import argparse
-import functools
 import itertools
 import json
 import multiprocessing
@@ -197,14 +196,14 @@ def train_steps(which: str, size: str, steps: int, compiled: bool) -> dict:
             parts = (stream[i * B * T : (i + 1) * B * T + 1] for i in range(steps + 1))
             batches = ((part[:-1].view(B, T), part[1:].view(B, T)) for part in parts)
             model = torch.compile(raw) if compiled else raw
-        parameters = raw.parameters if which == "plain" else functools.partial(list, list(raw.parameters()))
+        parameters = list(raw.parameters())
         seconds, last = [], wait()
         for x, y in batches:
             x, y = x.to(on, non_blocking=which == "ours"), y.to(on, non_blocking=which == "ours")
             with autocast:
                 _, loss = model(x, y)
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             norm.item()
             optimizer.step()
             optimizer.zero_grad()
@@ -244,15 +243,15 @@ def bench_train(options) -> None:
     config = SIZES[options.size][0]
     flops = metrics.flops_per_token(config, config.block_size)
     peak = metrics.peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    rows, medians = [], {}
+    rows, best = [], {}
     for which in ("plain", "ours"):
         mine = [r for r in rounds if r["which"] == which]
         ms, memory, first = (min(r[key] for r in mine) for key in ("ms", "peak", "first"))  # noise only adds
         rate = mine[0]["tokens"] / ms * 1000
         mfu = f"{rate * flops / peak:.1%}" if peak else "-"
-        medians[which] = ms, memory
+        best[which] = ms, memory
         rows.append([which, f"{rate:,.0f}", f"{ms:.1f}", mfu, f"{memory:.2f} GB", f"{first:.1f} s"])
-    speedup, share = medians["plain"][0] / medians["ours"][0], medians["ours"][1] / medians["plain"][1]
+    speedup, share = best["plain"][0] / best["ours"][0], best["ours"][1] / best["plain"][1]
     rows.append(["ratio", f"{speedup:.2f}x", "", "", f"{share:.2f}x", ""])
     precision = "bfloat16" if torch.cuda.is_available() else "float32"
     title = (

@@ -81,4 +81,4 @@ def test_nobody_listens_any_more(trained):
     words = [sys.executable, str(ROOT / "sample.py"), "a", "--model", str(trained / "model_checkpoint.pt")]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()  # as `| head` does when it has enough
-    assert process.wait(timeout=60) == 1 and process.stderr.read() == ""
+    assert process.wait(timeout=60) == 1 and process.stderr.read() == "stopped: nobody reads the output\n"
