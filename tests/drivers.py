@@ -97,4 +97,7 @@ if what == "gradients":
 code = train.main(words)
 if what == "gradients" and rank == 0:
     torch.save(torch.load(argument) | {"exchanges": exchanges}, argument)
+if what == "gradients":
+    sys.stdout.flush()
+    os._exit(code)  # gloo's thread may still hold the hook's last callback, and must not meet a Python that is ending
 sys.exit(code)

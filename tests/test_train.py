@@ -417,7 +417,12 @@ def test_signals_finish_the_step_save_and_leave(name, to, data_dir, long_run, tm
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
 def test_exit_code_of_one_process(name, data_dir, tmp_path):
     words = flags(data_dir=data_dir, log_dir=tmp_path, max_steps=40)
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # these tests may themselves run under nohup
+    )
     wait_for(lambda: len(log_lines(tmp_path)) > 8)
     process.send_signal(signal.Signals[name])
     output, _ = process.communicate(timeout=60)
