@@ -494,6 +494,9 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
             )
 
     # ---- the end
+    saved = torch.tensor(float(saved), device=device)
+    if world_size > 1:  # rank 0 may still be saving, and torchrun ends it half a minute after another rank has gone
+        dist.all_reduce(saved, dist.ReduceOp.MIN)
     if not saved:
         raise UserError(
             f"the last checkpoint could not be saved in {config.log_dir}: make room and run the same command", code=1
@@ -539,4 +542,6 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    sys.stdout.flush()
+    os._exit(exit_code)  # without Python's own shutdown: a thread of gloo's that gives a tensor back in it aborts (-6)

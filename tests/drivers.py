@@ -6,6 +6,7 @@ The product has no switches for faults; these wrap a function of it, in a real p
 import os
 import signal
 import sys
+import time
 
 import torch
 
@@ -50,6 +51,12 @@ def disk_is_full(log_dir, keep_every, content):
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
+def take_long(log_dir, keep_every, content):
+    path = save(log_dir, keep_every, content)
+    time.sleep(3 if content["step"] == int(argument) else 0)
+    return path
+
+
 def keep_gradients(parameters, *rest):
     if step == 0 and rank == 0:
         gradients = {name: parameter.grad.clone() for name, parameter in models[0].named_parameters()}
@@ -75,6 +82,8 @@ if what in ("nan_loss", "inf_loss", "nan_for_ever"):
     GPT.forward = poisoned
 if what == "full_disk":
     train.save_checkpoint = disk_is_full
+if what == "slow_save":
+    train.save_checkpoint = take_long
 if what == "gradients":
     torch.nn.utils.clip_grad_norm_ = keep_gradients
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -97,7 +106,5 @@ if what == "gradients":
 code = train.main(words)
 if what == "gradients" and rank == 0:
     torch.save(torch.load(argument) | {"exchanges": exchanges}, argument)
-if what == "gradients":
-    sys.stdout.flush()
-    os._exit(code)  # gloo's thread may still hold the hook's last callback, and must not meet a Python that is ending
-sys.exit(code)
+sys.stdout.flush()
+os._exit(code)  # as train.py does

@@ -304,14 +304,14 @@ def log_lines(log_dir) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def workers_of(pid: int) -> list[int]:
+def workers_of(pid: int, name=b"train.py") -> list[int]:
     """The training processes below a torchrun, from /proc."""
     children = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             if (
                 int(stat.read_text().rpartition(")")[2].split()[1]) == pid
-                and b"train.py" in (stat.parent / "cmdline").read_bytes()
+                and name in (stat.parent / "cmdline").read_bytes()
             ):
                 children.append(int(stat.parent.name))
         except (OSError, IndexError):
@@ -427,6 +427,35 @@ def test_exit_code_of_one_process(name, data_dir, tmp_path):
     process.send_signal(signal.Signals[name])
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.Signals[name] and "the same command goes on from here" in output
+
+
+def test_no_rank_leaves_before_the_last_save_is_done(data_dir, tmp_path):
+    """After a signal torchrun would end rank 0 half a minute later, in a save that takes so long."""
+    words = [str(ROOT / "tests" / "drivers.py"), "slow_save", "8", *flags(data_dir=data_dir, log_dir=tmp_path)]
+    process = subprocess.Popen(
+        torchrun_command(2, *words), env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    )
+    wait_for((tmp_path / "model_00008.pt").exists)
+    time.sleep(1.5)
+    assert len(workers_of(process.pid, b"drivers.py")) == 2
+    assert process.wait(timeout=60) == 0
+
+
+def test_what_gloo_has_left_to_do_does_not_spoil_the_exit_code(data_dir, tmp_path):
+    """A thread of gloo's that gives a tensor back while Python shuts down aborts the process (-6)."""
+    (tmp_path / "late.py").write_text(
+        "import runpy, sys\n"
+        "import torch, torch.distributed as dist\n"
+        "def leave_work_behind():\n"
+        "    for _ in range(1000):\n"
+        "        dist.all_reduce(torch.ones(1000), async_op=True)\n"
+        "dist.destroy_process_group = leave_work_behind\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    words = [str(ROOT / "train.py"), *flags(data_dir=data_dir, log_dir=tmp_path)]
+    done = torchrun(2, str(tmp_path / "late.py"), *words)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_run_outlives_its_terminal(data_dir, trained, tmp_path):
