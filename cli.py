@@ -56,6 +56,9 @@ def command(main):
             forget_output()
             print("stopped: nobody reads the output", file=sys.stderr)
             return 1
+        except OSError as error:  # a full disk, a directory that may not be written
+            print(f"error: {first_line(error)}", file=sys.stderr, flush=True)
+            return 1
 
     return run
 

@@ -7,6 +7,7 @@
 A line of log.txt is `step stream value`: `250 val 3.9518`.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -51,15 +52,17 @@ class Log:
         kept = [line for line in whole_lines(path) if int(line.split()[0]) < start_step]
         with whole_file(path) as file:
             file.writelines(line.encode() for line in kept)
-        self.file = open(path, "a")
+        self.file = open(path, "a", buffering=2**20)
 
     def write(self, step: int, **values: float) -> None:
         for stream, value in values.items():
             self.file.write(f"{step} {stream} {value:.6g}\n")
-        self.file.flush()
+        with contextlib.suppress(OSError):  # while the disk is full, lines wait in the buffer
+            self.file.flush()
 
     def sync(self) -> None:
         """Flush to the disk: before a checkpoint, so that no log is shorter than the checkpoint beside it."""
+        self.file.flush()
         os.fsync(self.file.fileno())
 
 

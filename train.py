@@ -15,6 +15,7 @@ Shapes: B sequences in a micro-batch (batch_size), T tokens in a sequence (seq_l
 import contextlib
 import dataclasses
 import datetime
+import errno
 import math
 import os
 import platform
@@ -257,8 +258,9 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
         if rank == 0:
             try:
                 print(text, flush=True)
-            except OSError:  # a terminal that is gone is no reason to stop; log.txt has the numbers
-                forget_output()
+            except OSError as error:  # no reason to stop: log.txt has the numbers
+                if error.errno != errno.ENOSPC:  # a terminal that is gone stays away, a full disk may have room again
+                    forget_output()
 
     check_config(config)
     device = choose_device(config.device, local_rank)
@@ -387,9 +389,9 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
     def save(step) -> bool:
         if log is None:
             return True
-        log.sync()
         start = time.time()
         try:
+            log.sync()
             saved = save_checkpoint(
                 config.log_dir,
                 config.keep_every,
@@ -404,8 +406,8 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
                     "data": data,
                 },
             )
-        except SaveError as error:
-            say(f"WARNING: {error}; earlier checkpoints are intact")
+        except (SaveError, OSError) as error:
+            say(f"WARNING: saving step {step} in {config.log_dir}: {error}; earlier checkpoints are intact")
             return False
         record(step, save_s=time.time() - start)
         say(f"saved {saved} in {time.time() - start:.1f} s")
@@ -436,7 +438,10 @@ def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
         if validating or scoring or sampling:
             record(step, eval_s=time.time() - eval_start)
         if validating and rank == 0:
-            metrics.plot(config.log_dir)
+            try:
+                metrics.plot(config.log_dir)
+            except OSError as error:
+                say(f"WARNING: {error}; the curve is not drawn")
         if saving:
             saved = save(step)
         if last:
@@ -543,5 +548,6 @@ def main(argv=None) -> int:
 
 if __name__ == "__main__":
     exit_code = main()
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     os._exit(exit_code)  # without Python's own shutdown: a thread of gloo's that gives a tensor back in it aborts (-6)

@@ -107,6 +107,8 @@ def test_errors_become_exit_codes(capsys, monkeypatch):
     assert main(UserError("wrong word")) == 2 and main(UserError("no luck", code=1)) == 1
     assert capsys.readouterr().err == "error: wrong word\nerror: no luck\n"
     assert main(KeyboardInterrupt()) == 130
+    assert main(OSError(28, "No space left on device", "log/run.json")) == 1
+    assert capsys.readouterr().err.endswith("error: OSError: [Errno 28] No space left on device: 'log/run.json'\n")
     with pytest.raises(ZeroDivisionError):  # what is not the user's is not hidden
         main(ZeroDivisionError())
 

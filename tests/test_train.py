@@ -557,6 +557,16 @@ def test_a_full_disk_costs_one_save_and_not_the_run(data_dir, trained, tmp_path)
     assert_same_weights(tmp_path, trained)
 
 
+def test_a_disk_without_any_room_costs_neither_log_nor_run(data_dir, trained, tmp_path):
+    """From step 3 to 6 nothing can be written: a curve and a checkpoint fall out, the log catches up."""
+    words = [ROOT / "tests" / "drivers.py", "no_room", 3, *flags(data_dir=data_dir, log_dir=tmp_path)]
+    done = script(*words, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "curve.png'; the curve is not drawn" in done.stdout and "earlier checkpoints are intact" in done.stdout
+    assert comparable_log(tmp_path) == comparable_log(trained)
+    assert_same_weights(tmp_path, trained)
+
+
 def test_a_full_disk_at_the_last_save_is_a_failed_run(data_dir, tmp_path):
     done = script(
         ROOT / "tests" / "drivers.py",
