@@ -24,17 +24,18 @@ import typing
 
 class UserError(Exception):
     """Something the user can put right. Printed as one message without a traceback; `code` becomes the exit code
-    (2 bad input, 1 the run failed)."""
+    (2 bad input, 1 the run failed). alone: under torchrun the other ranks need not have met it too."""
 
-    def __init__(self, message: str, code: int = 2):
+    def __init__(self, message: str, code: int = 2, alone: bool = False):
         super().__init__(message)
-        self.code = code
+        self.code, self.alone = code, alone
 
 
 def command(main):
     """Decorate a script's `main(argv=None) -> int`: a UserError is printed on stderr and becomes the exit code.
 
-    Under torchrun every rank finds the same error; rank 0 prints it, the others wait to be ended with it, 10 s at most.
+    Under torchrun every rank finds the same error; the first of each machine prints it, the others wait to be ended
+    with it, 10 s at most. A rank that is alone with an error prints it.
     """
 
     @functools.wraps(main)
@@ -42,7 +43,8 @@ def command(main):
         try:
             return main(argv) or 0
         except UserError as error:
-            if int(os.environ.get("RANK", 0)) > 0:
+            rank_here = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0)))
+            if rank_here > 0 and not error.alone:
                 time.sleep(10)
             else:
                 print(f"error: {error}", file=sys.stderr, flush=True)

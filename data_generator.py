@@ -588,7 +588,8 @@ class TokenLoader:
             if part.max() >= self.n_vocab:
                 raise UserError(
                     f"{self.paths[shard]} has token {part.max()}, which is not below the vocabulary's "
-                    f"{self.n_vocab}: the file is damaged, or made with another tokenizer"
+                    f"{self.n_vocab}: the file is damaged, or made with another tokenizer",
+                    alone=True,
                 )
             parts.append(part)
             start, count, shard = start + len(part), count - len(part), shard + 1

@@ -542,7 +542,8 @@ def main(argv=None) -> int:
     except torch.OutOfMemoryError:
         raise UserError(
             f"--batch_size {config.batch_size} does not fit into the memory of the GPU.\n"
-            f"HINT: --batch_size {max(1, config.batch_size // 2)} needs about half; the result is the same"
+            f"HINT: --batch_size {max(1, config.batch_size // 2)} needs about half; the result is the same",
+            alone=True,
         ) from None
 
 

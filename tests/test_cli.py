@@ -115,14 +115,15 @@ def test_errors_become_exit_codes(capsys, monkeypatch):
 
 def test_other_ranks_leave_silently(capsys, monkeypatch):
     slept = []
-    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(cli.time, "sleep", slept.append)
 
     @command
     def main(argv=None):
-        raise UserError("wrong word")
+        raise argv
 
-    assert main() == 2 and slept == [10] and capsys.readouterr().err == ""
+    assert main(UserError("wrong word")) == 2 and slept == [10] and capsys.readouterr().err == ""
+    assert main(UserError("my GPU", alone=True)) == 2 and slept == [10] and capsys.readouterr().err == "error: my GPU\n"
 
 
 def test_nothing_happens_at_import():

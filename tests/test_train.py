@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, comparable_log, flags, script, torchrun, torchrun_command, write_hellaswag, write_shards
@@ -555,6 +556,17 @@ def test_a_full_disk_costs_one_save_and_not_the_run(data_dir, trained, tmp_path)
     assert re.search(r"WARNING: .*model_00003.pt could not be saved .* bytes are free", done.stdout)
     assert not list(tmp_path.glob("*.tmp"))
     assert_same_weights(tmp_path, trained)
+
+
+def test_a_rank_that_is_alone_with_bad_data_says_so(data_dir, tmp_path):
+    """Step 2 is the sequences 16 to 23 of 16 tokens; 18 and 19 are rank 1's."""
+    shutil.copytree(data_dir, tmp_path / "data")
+    shard = tmp_path / "data" / "edufineweb_train_000001.npy"
+    tokens = np.load(shard)
+    tokens[18 * 16 + 5] = 300
+    np.save(shard, tokens)
+    done = torchrun(2, "train.py", *flags(data_dir=tmp_path / "data", log_dir=tmp_path / "log"))
+    assert f"error: {shard} has token 300, which is not below" in done.stderr and done.returncode == 1, done.stderr
 
 
 def test_a_disk_without_any_room_costs_neither_log_nor_run(data_dir, trained, tmp_path):
