@@ -402,7 +402,12 @@ def generate(config: DataConfig, manifest: dict) -> None:
     data_dir = Path(config.data_dir)
     position = manifest["position"] or {"source": None, "documents": 0, "skip": 0}
     source, documents, skip = position["source"], position["documents"], position["skip"]
-    buffer, filled = np.empty(config.shard_size, dtype=np.uint16), 0
+    try:
+        buffer, filled = np.empty(config.shard_size, dtype=np.uint16), 0
+    except (MemoryError, ValueError):
+        raise UserError(
+            f"--shard_size {config.shard_size}: a shard does not fit into this machine's memory; 100000000 takes 200 MB"
+        ) from None
     total = sum(shard["tokens"] for shard in manifest["shards"])
     expected = config.max_tokens or (FINEWEB_EDU_10B_TOKENS if manifest["name"] == "sample-10BT" else None)
 
@@ -641,7 +646,7 @@ def main(argv=None) -> int:
             )
             try:
                 generate(config, manifest)
-            except concurrent.futures.process.BrokenProcessPool:
+            except concurrent.futures.BrokenExecutor:
                 raise UserError(
                     "a tokenizing process was killed (out of memory?).\n"
                     "HINT: run the same command again, perhaps with a smaller --num_proc",

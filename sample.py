@@ -55,9 +55,9 @@ def stream_text(
 @command
 def main(argv=None) -> int:
     config = parse(SampleConfig, argv, __doc__, positional="prompt")
-    for name, least in {"num_samples": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0}.items():
-        if getattr(config, name) < least:
-            raise UserError(f"--{name} is {getattr(config, name)}: it must be at least {least}")
+    for name, least in {"num_samples": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0}.items():
+        if not least <= getattr(config, name) < 2**63:
+            raise UserError(f"--{name} is {getattr(config, name)}: it must be at least {least}, and below 2^63")
     if config.prompt_file and config.prompt:
         raise UserError("give a prompt or --prompt_file, not both")
     try:

@@ -130,6 +130,8 @@ def check_config(config: TrainConfig) -> None:
     for name in ("max_lr", "grad_clip"):
         if not 0 < getattr(config, name) < math.inf:
             raise UserError(f"--{name} is {getattr(config, name)}: it must be a number above 0")
+    if config.seed >= 2**64:
+        raise UserError(f"--seed is {config.seed}: it must be below 2^64")
     if config.min_lr > config.max_lr:
         raise UserError(f"--min_lr {config.min_lr} is above --max_lr {config.max_lr}")
     if config.val_every and config.val_tokens < config.total_batch_size:
@@ -539,11 +541,13 @@ def main(argv=None) -> int:
             if dist.is_initialized():
                 dist.destroy_process_group()
             return code
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # GPU's, CPU's
+            raise
+        half = config.batch_size // 2
+        hint = f"--batch_size {half} needs about half; the result is the same" if half else "choose a smaller model"
         raise UserError(
-            f"--batch_size {config.batch_size} does not fit into the memory of the GPU.\n"
-            f"HINT: --batch_size {max(1, config.batch_size // 2)} needs about half; the result is the same",
-            alone=True,
+            f"the model at --batch_size {config.batch_size} does not fit into memory.\nHINT: {hint}", alone=True
         ) from None
 
 

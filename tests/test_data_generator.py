@@ -567,6 +567,7 @@ sys.exit(code)
         (["--dataset=tests"], "tests is a directory; name its files"),
         (["--dataset=README.md"], "README.md is none of .txt .jsonl"),
         (["--shard_size=0"], "--shard_size is 0: it must be at least 1"),
+        (["--preset=demo", f"--shard_size={10**18}"], "a shard does not fit into this machine's memory"),
         (["--num_proc=0"], "--num_proc is 0"),
         (["--tokenizer=gpt4"], "invalid choice: 'gpt4'"),
         (["--shard=4"], "unknown flag --shard"),

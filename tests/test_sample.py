@@ -64,6 +64,9 @@ def test_bad_input(trained, tmp_path, capsys):
     for words, message in (
         (["x", "--num_samples=0"], "--num_samples is 0: it must be at least 1"),
         (["x", "--temperature=-1"], "--temperature is -1.0"),
+        (["x", "--temperature=nan"], "--temperature is nan"),
+        (["x", "--temperature=inf"], "--temperature is inf"),
+        (["x", "--seed=99999999999999999999"], "--seed is 99999999999999999999"),
         (["x", "--prompt_file=y"], "give a prompt or --prompt_file, not both"),
         (["--prompt_file=/nowhere"], "can't be read as UTF-8 text"),
         (["--prompt_file", str(tmp_path / "latin")], "can't be read as UTF-8 text"),
