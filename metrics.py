@@ -126,7 +126,8 @@ def plot(log_dir) -> Path | None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    log, run = read_log(log_dir), read_run(log_dir)
+    finite = {name: [p for p in points if math.isfinite(p[1])] for name, points in read_log(log_dir).items()}
+    log, run = {name: points for name, points in finite.items() if points}, read_run(log_dir)
     if not log.keys() & {"train", "val"}:
         return None
     tokens_per_step = run.get("tokens_per_step", 0)
@@ -139,8 +140,8 @@ def plot(log_dir) -> Path | None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2 if with_hella else 1, squeeze=False)[0]
 
-    if points := [point for point in log.get("train", []) if math.isfinite(point[1])]:
-        steps, losses = zip(*points, strict=True)
+    if "train" in log:
+        steps, losses = zip(*log["train"], strict=True)
         axes[0].plot(steps, losses, color="tab:blue", alpha=0.2, linewidth=0.8)
         axes[0].plot(steps, smooth(losses), color="tab:blue", label=f"train, smoothed ({smooth(losses)[-1]:.4f})")
     if "val" in log:

@@ -79,6 +79,16 @@ def test_curves_of_all_kinds_of_runs(case, tmp_path):
     assert image.shape[0] > 400 and image[..., :3].std() > 0.05
 
 
+def test_a_curve_leaves_out_what_is_not_finite(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    log = Log(tmp_path, 0)
+    log.write(0, train=nan, val=nan, hella=nan)
+    assert metrics.plot(tmp_path) is None
+    log.write(1, train=5, val=inf)
+    log.write(2, train=inf, val=5, hella=0.25)
+    assert metrics.plot(tmp_path).exists()
+
+
 def test_reference_lines_stand_only_where_they_compare(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
