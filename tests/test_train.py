@@ -186,7 +186,7 @@ BAD = {
     "interval": (["--save_every=-5"], "--save_every is -5"),
     "device": (["--device=cuda"], "--device cuda: this machine has none"),
     "seed": (["--seed=99999999999999999999"], "--seed is 99999999999999999999: it must be below"),
-    "memory": (["--vocab_size=9999999999999"], "the model at --batch_size 2 does not fit into memory.\nHINT: --batch_size 1"),
+    "memory": (["--vocab_size=9999999999999"], "--batch_size 2 does not fit into memory.\nHINT: --batch_size 1"),
     "HellaSwag": (["--hellaswag_every=4", "--hellaswag_data=none.jsonl"], "none.jsonl can't be read"),
 }  # fmt: skip
 
