@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cli import UserError, command, parse
+from cli import UserError, command, first_line, parse
 from files import whole_file
 from GPT_Modules import GPTConfig
 
@@ -212,6 +212,8 @@ def open_tracker(name: str, log_dir: Path, run: dict):
         return lambda step, values: [writer.add_scalar(k, v, step) for k, v in values.items()], writer.close
     except ImportError:
         raise UserError(f"--tracker {name}: the package {name} is not installed: pip install {name}") from None
+    except Exception as error:  # of wandb's own kinds: no key, no network
+        raise UserError(f"--tracker {name}: {first_line(error)}") from None
 
 
 def replay(config: MetricsConfig) -> int:

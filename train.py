@@ -553,6 +553,8 @@ def main(argv=None) -> int:
 
 if __name__ == "__main__":
     exit_code = main()
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    os._exit(exit_code)  # without Python's own shutdown: a thread of gloo's that gives a tensor back in it aborts (-6)
+    if "RANK" in os.environ:  # no shutdown of Python: in it, a thread of gloo's that gives a tensor back aborts (-6)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)

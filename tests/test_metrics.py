@@ -125,6 +125,14 @@ def test_a_missing_tracker_is_one_message(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_tracker_without_a_key_is_one_message(tmp_path):
+    write_run(tmp_path, 2)
+    done = script("metrics.py", tmp_path, "--tracker=wandb", env={"HOME": str(tmp_path), "WANDB_API_KEY": ""})
+    assert done.returncode == 2 and "error: --tracker wandb: UsageError: No API key" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("follow", [[], ["--follow"]])
 def test_tensorboard_has_every_value(follow, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
