@@ -121,7 +121,8 @@ def pydoc_documents() -> list[str]:
             path.parts[len(library.parts) :]
         ):
             continue
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             tree = ast.parse(path.read_bytes())
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -343,8 +344,11 @@ def write_shard(data_dir: Path, tokens: np.ndarray, manifest: dict, position: di
 
 
 def sha256(path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def start_manifest(config: DataConfig) -> dict:
