@@ -113,17 +113,28 @@ def test_errors_become_exit_codes(capsys, monkeypatch):
         main(ZeroDivisionError())
 
 
-def test_other_ranks_leave_silently(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "ranks, prints",
+    [
+        ({"RANK": "3"}, False),
+        ({"RANK": "3", "LOCAL_RANK": "3"}, False),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, True),  # the first of a second machine
+    ],
+)
+def test_other_ranks_leave_silently(ranks, prints, capsys, monkeypatch):
     slept = []
-    monkeypatch.setenv("LOCAL_RANK", "3")
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(cli.time, "sleep", slept.append)
 
     @command
     def main(argv=None):
         raise argv
 
-    assert main(UserError("wrong word")) == 2 and slept == [10] and capsys.readouterr().err == ""
-    assert main(UserError("my GPU", alone=True)) == 2 and slept == [10] and capsys.readouterr().err == "error: my GPU\n"
+    assert main(UserError("wrong word")) == 2 and slept == ([] if prints else [10])
+    assert capsys.readouterr().err == ("error: wrong word\n" if prints else "")
+    slept.clear()
+    assert main(UserError("my GPU", alone=True)) == 2 and slept == [] and capsys.readouterr().err == "error: my GPU\n"
 
 
 def test_nothing_happens_at_import():
