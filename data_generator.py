@@ -31,8 +31,8 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from cli import UserError, command, first_line, parse
-from files import only_writer, whole_file
+from lib.cli import UserError, command, first_line, parse
+from lib.files import only_writer, whole_file
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 FINEWEB_EDU_10B_TOKENS = 9_970_000_000  # of sample-10BT, give or take a few hundredths

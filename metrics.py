@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cli import UserError, command, first_line, parse
-from files import whole_file
 from GPT_Modules import GPTConfig
+from lib.cli import UserError, command, first_line, parse
+from lib.files import whole_file
 
 # OpenAI's GPT-2 124M on build-nanogpt's validation shard (loss, nats per token) and on HellaSwag (acc_norm, completion
 # style); GPT-3 124M on HellaSwag from table H.1 of Brown et al. 2020.

@@ -14,10 +14,10 @@ from typing import Literal
 import tiktoken
 import torch
 
-from checkpoint import load_model
-from cli import UserError, choose_device, command, parse
 from data_generator import get_tokenizer
 from GPT_Modules import GPT
+from lib.checkpoint import load_model
+from lib.cli import UserError, choose_device, command, parse
 
 
 @dataclass(frozen=True)

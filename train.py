@@ -31,11 +31,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hellaswag
 import metrics
-from checkpoint import SaveError, load_model, newest_checkpoint, point_newest, save_checkpoint
-from cli import UserError, choose_device, command, forget_output, parse
 from data_generator import TokenLoader, get_tokenizer
-from files import only_writer
 from GPT_Modules import GPT, GPTConfig
+from lib.checkpoint import SaveError, load_model, newest_checkpoint, point_newest, save_checkpoint
+from lib.cli import UserError, choose_device, command, forget_output, parse
+from lib.files import only_writer
 from sample import stream_text
 
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from conftest import ROOT, flags, script
 
-import checkpoint
 import export
 import hellaswag
 import sample
-from checkpoint import SaveError, checkpoint_paths, load_checkpoint, load_model, newest_checkpoint, save_checkpoint
-from cli import UserError
 from GPT_Modules import GPT, GPTConfig
+from lib import checkpoint
+from lib.checkpoint import SaveError, checkpoint_paths, load_checkpoint, load_model, newest_checkpoint, save_checkpoint
+from lib.cli import UserError
 
 SHAPE = GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
 
@@ -244,8 +244,8 @@ import sys
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_checkpoint import content
-from checkpoint import save_checkpoint, newest_checkpoint
-from files import only_writer
+from lib.checkpoint import save_checkpoint, newest_checkpoint
+from lib.files import only_writer
 with only_writer({log_dir!r}):
     found, _, _ = newest_checkpoint({log_dir!r})
     state = content(0)

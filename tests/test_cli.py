@@ -6,14 +6,14 @@ from typing import Literal
 import pytest
 from conftest import ROOT, script
 
-import cli
 import data_generator
 import export
 import hellaswag
 import metrics
 import sample
 import train
-from cli import UserError, command, parse
+from lib import cli
+from lib.cli import UserError, command, parse
 
 CONFIGS = {
     "train.py": train.TrainConfig, "data_generator.py": data_generator.DataConfig, "sample.py": sample.SampleConfig,

@@ -21,8 +21,8 @@ from conftest import ROOT, script, write_shards
 from hub import COMMIT, Hub
 
 import data_generator
-from cli import UserError
 from data_generator import FINEWEB_EDU, TokenLoader, get_tokenizer, read_manifest
+from lib.cli import UserError
 
 HAZARDS = [
     "plain words", "", "a literal <|endoftext|> in the text", "\ud800 a lone surrogate \udfff", "a" * 1_000_000,
@@ -466,7 +466,7 @@ def test_a_second_writer_and_other_settings_are_refused(uninterrupted, capsys):
     holder = subprocess.Popen([sys.executable, "-c", f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from files import only_writer
+from lib.files import only_writer
 with only_writer({str(uninterrupted / 'data')!r}):
     print("held", flush=True)
     time.sleep(60)

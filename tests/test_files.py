@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from cli import UserError
-from files import only_writer, whole_file
+from lib.cli import UserError
+from lib.files import only_writer, whole_file
 
 
 def test_whole_or_absent(tmp_path):
@@ -31,7 +31,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 
 
 HOLD = (
-    "import sys; sys.path.insert(0, {root!r})\nfrom files import only_writer\nwith only_writer({directory!r}): {what}"
+    "import sys; sys.path.insert(0, {root!r})\nfrom lib.files import only_writer\nwith only_writer({directory!r}): {what}"
 )
 
 

@@ -15,10 +15,10 @@ from hub import Hub
 
 import hellaswag
 import train
-from cli import UserError
 from data_generator import get_tokenizer
 from GPT_Modules import GPT, GPTConfig
 from hellaswag import count_right, load_examples, losses, prepare
+from lib.cli import UserError
 
 SHAPE = GPTConfig(block_size=64, vocab_size=50304, n_layer=2, n_head=2, n_embd=32)
 
@@ -224,7 +224,7 @@ def test_harness_style_is_lm_evaluation_harness(tmp_path, data_dir):
     import sys
 
     import export
-    from checkpoint import load_model
+    from lib.checkpoint import load_model
 
     torch.manual_seed(0)
     wide = GPT(GPTConfig(block_size=96, vocab_size=50304, n_layer=2, n_head=2, n_embd=32))

@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT, comparable_log, flags, script, torchrun, torchrun_command, write_hellaswag, write_shards
 
 import train
-from checkpoint import load_checkpoint
+from lib.checkpoint import load_checkpoint
 from train import TrainConfig, due, get_lr
 
 

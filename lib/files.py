@@ -6,7 +6,7 @@ import os
 import socket
 from pathlib import Path
 
-from cli import UserError
+from lib.cli import UserError
 
 
 @contextlib.contextmanager

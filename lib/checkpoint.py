@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from cli import UserError, first_line
-from files import sync_directory, whole_file
 from GPT_Modules import GPT
+from lib.cli import UserError, first_line
+from lib.files import sync_directory, whole_file
 
 NEWEST = "model_checkpoint.pt"
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
