@@ -1,18 +1,15 @@
-"""Documents in, tokens out: shards of uint16 tokens, the manifest beside them, and the loader that reads them back.
+"""Documents in, tokens out: a data set becomes shards of uint16 tokens with a manifest beside them.
 
     python data_generator.py                                     FineWeb-Edu 10B from the Hub: 20 GB, 100 shards
     python data_generator.py --preset demo                       Python's own documentation, no network needed
     python data_generator.py --dataset 'texts/*.txt' --data_dir mydata --shard_size 100000
 
-A run that was interrupted goes on where it stopped: run the same command again.
+A run that was interrupted goes on where it stopped: run the same command again. lib/shards.py reads the shards back.
 """
 
 import collections
 import concurrent.futures
-import functools
 import glob
-import hashlib
-import json
 import multiprocessing
 import os
 import platform
@@ -27,20 +24,19 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tiktoken
-import torch
 from tqdm import tqdm
 
-from lib.cli import UserError, command, first_line, parse
-from lib.files import only_writer, whole_file
+from lib import shards
+from lib.cli import PositiveInt, UserError, command, count, first_line, parse
+from lib.files import only_writer
+from lib.shards import DATA_DIR, DEMO_DATA_DIR, FINEWEB_EDU, ShardWriter, read_manifest
+from lib.tokenizer import get_tokenizer
 
-FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 FINEWEB_EDU_10B_TOKENS = 9_970_000_000  # of sample-10BT, give or take a few hundredths
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 BATCH = 256  # documents that go to a worker at a time
 PAUSES = (1, 10, 60, 300)  # seconds between the tries after a network error; the Hub's library tries on its own before
-BIN_MAGIC, BIN_HEADER = 20240520, 256 * 4  # llm.c's and modded-nanogpt's .bin shards; header in bytes
 
 
 @dataclass(frozen=True)
@@ -53,47 +49,19 @@ class DataConfig:
     text_field: str = "text"  # field or column that holds a document
     revision: str | None = None  # commit or branch of the Hub data set (default: its newest commit)
     # the shards
-    data_dir: str = "edu_fineweb10B"  # directory to write
-    shard_size: int = 100_000_000  # tokens in a shard; shard 0 is for validation
-    max_tokens: int | None = None  # stop after so many tokens, validation included (default: all there are)
+    data_dir: str = DATA_DIR  # directory to write
+    shard_size: PositiveInt = 100_000_000  # tokens in a shard; shard 0 is for validation
+    max_tokens: PositiveInt | None = None  # stop after so many tokens, validation included (default: all there are)
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # GPT-2's 50257 tokens, or 256 bytes and <|endoftext|>
     # the work
-    num_proc: int = min(os.cpu_count() or 1, 8)  # processes that tokenize
+    num_proc: PositiveInt = min(os.cpu_count() or 1, 8)  # processes that tokenize
     verify: bool = False  # check the shards in data_dir against their manifest, and write nothing
 
 
 PRESETS = {
     "fineweb-edu": {},
-    "demo": {"dataset": "pydoc", "data_dir": "demo/data", "tokenizer": "bytes", "shard_size": 98_304},
+    "demo": {"dataset": "pydoc", "data_dir": DEMO_DATA_DIR, "tokenizer": "bytes", "shard_size": 98_304},
 }
-
-
-# ---- tokenizers ----
-
-
-@functools.cache
-def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """The tokenizer "gpt2" (50257 tokens) or "bytes" (256 bytes and <|endoftext|>).
-
-    Raises UserError for another name, or if GPT-2's vocabulary can be neither found nor downloaded.
-    """
-    if name == "bytes":
-        return tiktoken.Encoding(
-            "bytes",
-            pat_str=r"[\s\S]",
-            mergeable_ranks={bytes([byte]): byte for byte in range(256)},
-            special_tokens={"<|endoftext|>": 256},
-        )
-    if name != "gpt2":
-        raise UserError(f"tokenizer {name!r} is not known: gpt2 and bytes are")
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except OSError as error:  # requests' ConnectionError is one
-        raise UserError(
-            f"GPT-2's vocabulary is not on this machine and can't be downloaded ({type(error).__name__}).\nHINT: run"
-            " once with a network and TIKTOKEN_CACHE_DIR set to a directory that this machine sees too, or use"
-            " --tokenizer bytes"
-        ) from None
 
 
 # ---- documents: (texts, state after them), a batch at a time ----
@@ -269,86 +237,43 @@ def encode_documents(texts: list[str], path: str) -> None:
     np.array(tokens, dtype=np.uint16).tofile(path)  # numpy raises for ids that don't fit
 
 
-def tokenized(batches, pool, in_flight: int):
-    """(tokens, state after the batch, documents in it) for each batch, in order, at most `in_flight` of them ahead.
+def tokenized(batches, pool, directory: str, in_flight: int):
+    """(tokens, position after the batch) for each (texts, position) of `batches`, in order, at most `in_flight` ahead.
 
-    The tokens come in files: a worker that is killed while it sends an array through the pool's pipe would leave the
-    pool waiting for the rest of it for ever.
+    The tokens come in files of `directory`: a worker that is killed while it sends an array through the pool's pipe
+    would leave the pool waiting for the rest of it for ever.
     """
     pending = collections.deque()
-    with tempfile.TemporaryDirectory(prefix="gpt124m-") as directory:
-
-        def first():
-            future, path, state, documents = pending.popleft()
-            future.result()
-            tokens = np.fromfile(path, dtype=np.uint16)
-            os.unlink(path)
-            return tokens, state, documents
-
-        for number, (texts, state) in enumerate(batches):
-            path = os.path.join(directory, str(number))
-            pending.append((pool.submit(encode_documents, texts, path), path, state, len(texts)))
-            if len(pending) > in_flight:
-                yield first()
-        while pending:
-            yield first()
+    for number, (texts, position) in enumerate(batches):
+        path = os.path.join(directory, str(number))
+        pending.append((pool.submit(encode_documents, texts, path), path, position))
+        if len(pending) > in_flight:
+            yield collect(*pending.popleft())
+    while pending:
+        yield collect(*pending.popleft())
 
 
-def checked(batches, text_field: str, documents: int):
-    """The same batches; raises UserError naming the first document without text. documents: how many came before."""
-    for texts, state in batches:
+def collect(future, path: str, position: dict) -> tuple[np.ndarray, dict]:
+    future.result()
+    tokens = np.fromfile(path, dtype=np.uint16)
+    os.unlink(path)
+    return tokens, position
+
+
+def positioned(batches, config: DataConfig, documents: int):
+    """(texts, position after them) for each (texts, state of the source after them). documents: how many came before.
+
+    Raises UserError naming the first document without text.
+    """
+    for texts, source in batches:
         for number, text in enumerate(texts, start=documents):
             if not isinstance(text, str):
-                raise UserError(f"document {number} (counted from 0) has no text: its {text_field} is {text!r}")
+                raise UserError(f"document {number} (counted from 0) has no text: its {config.text_field} is {text!r}")
         documents += len(texts)
-        yield texts, state
+        yield texts, {"source": source, "documents": documents, "skip": 0}
 
 
-# ---- shards and their manifest ----
-
-
-def read_manifest(data_dir) -> dict | None:
-    """DATA_DIR/manifest.json, or None where there is none. Raises UserError for one that can't be read."""
-    path = Path(data_dir) / "manifest.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read: {first_line(error)}") from None
-
-
-def write_shard(data_dir: Path, tokens: np.ndarray, manifest: dict, position: dict | None) -> None:
-    """Write the next shard, whole, then the manifest. position: where the source goes on, None at its end.
-
-    Raises UserError if the disk does not take them; what was there before is untouched.
-    """
-    number = len(manifest["shards"])
-    path = data_dir / f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
-    begun = int(np.count_nonzero(tokens == get_tokenizer(manifest["tokenizer"]).eot_token))
-    try:
-        with whole_file(path) as file:
-            np.save(file, tokens)
-        entry = {"file": path.name, "tokens": len(tokens), "documents": begun, "sha256": sha256(path)}
-        manifest["shards"].append(entry)
-        manifest |= {"position": position, "complete": position is None}
-        with whole_file(data_dir / "manifest.json") as file:
-            file.write(json.dumps(manifest, indent=1).encode() + b"\n")
-    except OSError as error:
-        raise UserError(
-            f"{path} can't be written: {error}; it needs {tokens.nbytes + 128:,} bytes, "
-            f"{shutil.disk_usage(data_dir).free:,} are free.\n"
-            f"HINT: the {number} shards before it are whole; make room and run the same command again",
-            code=1,
-        ) from None
-
-
-def sha256(path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
+# ---- the shards ----
 
 
 def start_manifest(config: DataConfig) -> dict:
@@ -398,275 +323,106 @@ def check_space(config: DataConfig, written: int) -> None:
 
 
 def generate(config: DataConfig, manifest: dict) -> None:
-    """Write the shards that the manifest does not have yet.
-
-    A position is where a shard ended: the source's state before the batch of documents that was being cut, how many
-    documents came before that batch, and how many of its tokens are written.
-    """
-    data_dir = Path(config.data_dir)
+    """Write the shards that the manifest does not have yet. Raises UserError as ShardWriter does, and for a source that
+    fills no more than the validation shard."""
+    writer = ShardWriter(config.data_dir, manifest)
     position = manifest["position"] or {"source": None, "documents": 0, "skip": 0}
-    source, documents, skip = position["source"], position["documents"], position["skip"]
-    try:
-        buffer, filled = np.empty(config.shard_size, dtype=np.uint16), 0
-    except (MemoryError, ValueError):
-        raise UserError(
-            f"--shard_size {config.shard_size}: a shard does not fit into this machine's memory; 100000000 takes 200 MB"
-        ) from None
-    total = sum(shard["tokens"] for shard in manifest["shards"])
     expected = config.max_tokens or (FINEWEB_EDU_10B_TOKENS if manifest["name"] == "sample-10BT" else None)
-
-    with concurrent.futures.ProcessPoolExecutor(config.num_proc, None, start_worker, (config.tokenizer,)) as pool:
-        # the workers start before the Hub's threads and locks exist: a fork would copy those half-way
+    with (
+        tempfile.TemporaryDirectory(prefix="tokens-", suffix=".tmp", dir=config.data_dir) as directory,
+        concurrent.futures.ProcessPoolExecutor(config.num_proc, None, start_worker, (config.tokenizer,)) as pool,
+        tqdm(total=expected, initial=writer.tokens, unit=" tokens", unit_scale=True) as bar,
+    ):
+        # the workers start before the Hub's threads and locks exist: a fork would copy those in whatever state they are
         list(pool.map(abs, range(config.num_proc)))
         if config.dataset == "pydoc":
-            batches = pydoc_batches(source)
+            batches = pydoc_batches(position["source"])
         else:
-            batches = dataset_batches(config, manifest["revision"], source)
-        arrays = tokenized(checked(batches, config.text_field, documents), pool, in_flight=2 * config.num_proc)
-        with tqdm(total=expected, initial=total, unit=" tokens", unit_scale=True) as bar:
-            for tokens, source_after, documents_in_batch in arrays:
-                if config.max_tokens is not None:
-                    tokens = tokens[: config.max_tokens - total + skip]
-                while skip < len(tokens):
-                    if filled == config.shard_size:  # only now that more follows: the last shard may be exactly full
-                        write_shard(
-                            data_dir, buffer, manifest, {"source": source, "documents": documents, "skip": skip}
-                        )
-                        filled = 0
-                        bar.set_postfix_str(f"shard {len(manifest['shards'])}")
-                    part = tokens[skip : skip + config.shard_size - filled]
-                    buffer[filled : filled + len(part)] = part
-                    skip, filled, total = skip + len(part), filled + len(part), total + len(part)
-                    bar.update(len(part))
-                if total == config.max_tokens:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    break
-                source, documents, skip = source_after, documents + documents_in_batch, 0
+            batches = dataset_batches(config, manifest["revision"], position["source"])
+        batches = positioned(batches, config, position["documents"])
+        for tokens, position_after in tokenized(batches, pool, directory, in_flight=2 * config.num_proc):
+            if config.max_tokens is not None:
+                tokens = tokens[: config.max_tokens - writer.tokens + position["skip"]]
+            writer.add(tokens, position)
+            bar.set_postfix_str(f"shard {len(manifest['shards'])}", refresh=False)
+            bar.update(writer.tokens - bar.n)
+            if writer.tokens == config.max_tokens:
+                pool.shutdown(wait=False, cancel_futures=True)
+                break
+            position = position_after
 
     if not manifest["shards"]:
         raise UserError(
-            f"{config.dataset} has {total:,} tokens, which all fit into shard 0, the validation shard: nothing is left"
-            f" to train on.\nHINT: --shard_size {max(1, total // 10)}"
+            f"{config.dataset} has {writer.tokens:,} tokens, which all fit into shard 0, the validation shard: nothing"
+            f" is left to train on.\nHINT: --shard_size {max(1, writer.tokens // 10)}"
         )
-    write_shard(data_dir, buffer[:filled], manifest, None)
+    writer.write(None)
 
 
-def verify(config: DataConfig) -> int:
-    """Check every shard of data_dir against its manifest: presence, size, sha256, type and ids; the exit code."""
+def verify(config: DataConfig) -> None:
+    """Check every shard of data_dir against its manifest. Raises UserError naming each bad one."""
     manifest = read_manifest(config.data_dir)
     if manifest is None:
         raise UserError(f"{config.data_dir} has no manifest.json to verify against")
     bad = []
     with tqdm(total=sum(2 * shard["tokens"] for shard in manifest["shards"]), unit="B", unit_scale=True) as bar:
-        for shard in manifest["shards"]:
-            path = Path(config.data_dir) / shard["file"]
-            try:
-                tokens = open_shard(path, shard["tokens"])
-                if sha256(path) != shard["sha256"]:
-                    raise UserError(f"{path}: its sha256 is not the manifest's")
-                if tokens.max() >= manifest["vocab_size"]:
-                    raise UserError(
-                        f"{path}: token {tokens.max()} is not below the vocabulary's {manifest['vocab_size']}"
-                    )
-            except UserError as error:
-                bad.append(str(error))
-            bar.update(2 * shard["tokens"])
+        for entry, wrong in shards.verify(config.data_dir, manifest):
+            bad += [wrong] if wrong else []
+            bar.update(2 * entry["tokens"])
     if bad:
         raise UserError("\n".join([*bad, f"{len(bad)} of {len(manifest['shards'])} shards are bad"]), code=1)
     state = "complete" if manifest["complete"] else "not complete: run the generator again"
     print(f"{config.data_dir}: {len(manifest['shards'])} shards are good; the data set is {state}")
-    return 0
 
 
-# ---- the loader ----
-
-
-def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
-    """The tokens of a .npy or .bin shard as a memory-mapped uint16 array (tokens,).
-
-    Raises UserError if the file is not a whole shard, or not of so many tokens.
-    """
-    try:
-        size = path.stat().st_size
-        if path.suffix == ".bin":
-            header = np.fromfile(path, dtype="<i4", count=3)
-            if len(header) < 3 or header[0] != BIN_MAGIC or header[1] != 1:
-                raise UserError(f"{path} is not a shard: its header is {header.tolist()}, not [{BIN_MAGIC}, 1, tokens]")
-            count, offset = int(header[2]), BIN_HEADER
-            array = np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(count,))
-        else:
-            array = np.load(path, mmap_mode="r")
-            if array.dtype != np.uint16 or array.ndim != 1:
-                raise UserError(f"{path} is not a shard: it holds {array.dtype} {array.shape}, not uint16 (tokens,)")
-            count, offset = len(array), array.offset
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError, EOFError, OverflowError) as error:
-        raise UserError(f"{path} is damaged or cut short ({size:,} bytes): {first_line(error)}") from None
-    if size != offset + 2 * count:
-        raise UserError(f"{path} is damaged: its header says {count:,} tokens, its size {(size - offset) / 2:,.1f}")
-    if tokens is not None and count != tokens:
-        raise UserError(f"{path} has {count:,} tokens, its manifest says {tokens:,}")
-    return np.asarray(array)  # slices of the plain view cost less than a memmap's
-
-
-class TokenLoader:
-    """The tokens of a directory of shards, step by step.
-
-    The shards of a split are one stream, which holds a sequence of seq_len tokens and their targets at each multiple of
-    seq_len. Step s is the next total_batch_size tokens, whatever the number of ranks: a step depends on its number
-    alone. After the last whole sequence the stream begins again.
-
-    data_dir: the directory. split: "train" or "val". seq_len (T), total_batch_size: tokens. batch_size (B): sequences.
-    Raises UserError if the directory has no such shards, a bad one, or too few tokens for one step.
-    """
-
-    def __init__(self, data_dir, split, seq_len, batch_size, total_batch_size, rank=0, world_size=1):
-        self.T, self.B, self.rank, self.world_size = seq_len, batch_size, rank, world_size
-        per_micro_step = seq_len * batch_size * world_size
-        if total_batch_size % per_micro_step:
+def write_data_set(config: DataConfig) -> dict:
+    """Begin data_dir or go on with it, to its end; returns its manifest."""
+    with only_writer(config.data_dir):
+        manifest = start_manifest(config)
+        written = len(manifest["shards"])
+        if manifest["complete"]:
+            return manifest
+        check_space(config, sum(shard["tokens"] for shard in manifest["shards"]))
+        source = "Python's own documentation" if config.dataset == "pydoc" else config.dataset
+        print(
+            f"{source} -> {config.data_dir}, tokenizer {config.tokenizer}, shards of {config.shard_size:,} tokens"
+            + (f"; going on after {count(written, 'shard')}" if written else ""),
+            flush=True,
+        )
+        try:
+            generate(config, manifest)
+        except concurrent.futures.BrokenExecutor:
             raise UserError(
-                f"--total_batch_size {total_batch_size} is not a multiple of --batch_size {batch_size} x --seq_len"
-                f" {seq_len} x {world_size} ranks = {per_micro_step}\n"
-                + what_fits(seq_len, batch_size, total_batch_size, world_size)
-            )
-        self.micro_steps = total_batch_size // per_micro_step
-        self.sequences_per_step = total_batch_size // seq_len
-
-        manifest = read_manifest(data_dir)
-        if manifest:
-            listed = {Path(data_dir) / shard["file"]: shard["tokens"] for shard in manifest["shards"]}
-        else:  # shards from elsewhere
-            listed = {path: None for path in sorted(Path(data_dir).glob("*")) if path.suffix in (".npy", ".bin")}
-        self.paths = [path for path in listed if split in path.name]
-        if not self.paths:
-            raise UserError(f"there are no {split} shards in {data_dir}: `{how_to_make(data_dir)}` makes them")
-        self.shards = [open_shard(path, listed[path]) for path in self.paths]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
-        self.tokens = int(self.ends[-1])
-        self.complete = manifest is None or manifest["complete"]
-        self.tokenizer = manifest["tokenizer"] if manifest else "gpt2"
-        self.n_vocab = manifest["vocab_size"] if manifest else 50257
-        self.origin = {key: manifest[key] if manifest else None for key in ("dataset", "name", "revision")}
-        contents = [(path.name, len(shard)) for path, shard in zip(self.paths, self.shards, strict=True)]
-        contents += [shard["sha256"] for shard in manifest["shards"]] if manifest else []
-        self.digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
-        self.sequences = (self.tokens - 1) // seq_len
-        self.steps = self.sequences // self.sequences_per_step  # whole ones, before a sequence comes a second time
-        if self.steps == 0:
-            raise UserError(
-                f"the {split} shards of {data_dir} have {self.tokens:,} tokens, one step needs {total_batch_size + 1:,}"
-                " (--total_batch_size and one): take a smaller one, or more data"
-            )
-        self.worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="tokens")
-        self.ahead = {}  # (step, micro_step) -> future of the batch that will be wanted next
-
-    def identity(self) -> dict:
-        """What makes it the same data for a run that is continued, wherever the directory lies: plain data."""
-        return self.origin | {"tokenizer": self.tokenizer, "tokens": self.tokens, "sha256": self.digest}
-
-    def batches(self, step: int):
-        """Yield the micro-batches of this rank at a step: (x, y), each (B, T) int64; y is x one token ahead.
-
-        The next one is read meanwhile. Raises UserError if a token is not below the vocabulary.
-        """
-        for micro_step in range(self.micro_steps):
-            future = self.ahead.pop((step, micro_step), None) or self.worker.submit(self.read_batch, step, micro_step)
-            following = (step, micro_step + 1) if micro_step + 1 < self.micro_steps else (step + 1, 0)
-            self.ahead = {following: self.worker.submit(self.read_batch, *following)}
-            yield future.result()
-
-    def read_batch(self, step: int, micro_step: int):
-        """One micro-batch. In a step, sequences go to the ranks in turn, B at a time."""
-        first = step * self.sequences_per_step + (micro_step * self.world_size + self.rank) * self.B
-        parts = []
-        while (have := sum(len(x) for x, _ in parts)) < self.B:  # once round, but where the stream begins again
-            start = (first + have) % self.sequences
-            count = min(self.B - have, self.sequences - start)
-            tokens = self.read(start * self.T, count * self.T + 1)
-            parts.append((tokens[:-1].reshape(count, self.T), tokens[1:].reshape(count, self.T)))
-        x, y = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))  # (B, T) each
-        return (x.pin_memory(), y.pin_memory()) if torch.cuda.is_available() else (x, y)
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens start .. start + count - 1 of the stream, as int64 (count,)."""
-        parts, shard = [], int(np.searchsorted(self.ends, start, side="right"))
-        while count:
-            offset = start - (int(self.ends[shard - 1]) if shard else 0)
-            part = self.shards[shard][offset : offset + count].astype(np.int64)
-            if part.max() >= self.n_vocab:
-                raise UserError(
-                    f"{self.paths[shard]} has token {part.max()}, which is not below the vocabulary's "
-                    f"{self.n_vocab}: the file is damaged, or made with another tokenizer",
-                    alone=True,
-                )
-            parts.append(part)
-            start, count, shard = start + len(part), count - len(part), shard + 1
-        return np.concatenate(parts)
-
-
-def what_fits(seq_len: int, batch_size: int, total_batch_size: int, world_size: int) -> str:
-    """The nearest settings with which a step can be shared out."""
-    fits = [B for B in range(1, batch_size + 1) if total_batch_size % (B * seq_len * world_size) == 0]
-    if fits:
-        return f"HINT: --batch_size {fits[-1]} fits"
-    per_micro_step = seq_len * batch_size * world_size
-    return f"HINT: --total_batch_size {max(1, round(total_batch_size / per_micro_step)) * per_micro_step} fits"
-
-
-def how_to_make(data_dir) -> str:
-    """The command that fills a directory."""
-    for preset, values in PRESETS.items():
-        if str(data_dir) == values.get("data_dir", DataConfig.data_dir):
-            return "python data_generator.py" + (f" --preset {preset}" if values else "")
-    return f"python data_generator.py --data_dir {data_dir}"
+                "a tokenizing process was killed (out of memory?).\n"
+                "HINT: run the same command again, perhaps with a smaller --num_proc",
+                code=1,
+            ) from None
+    return manifest
 
 
 @command
 def main(argv=None) -> int:
     config = parse(DataConfig, argv, __doc__, PRESETS)
-    for name in ("shard_size", "num_proc", "max_tokens"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}: it must be at least 1")
     if config.verify:
-        return verify(config)
+        verify(config)
+        return 0
     if config.max_tokens is not None and config.max_tokens <= config.shard_size:
         raise UserError(
             f"--max_tokens {config.max_tokens} all fit into shard 0, the validation shard: nothing is left to train "
             f"on.\nHINT: --shard_size {max(1, config.max_tokens // 10)}"
         )
-    start = time.time()
-    with only_writer(config.data_dir):
-        manifest = start_manifest(config)
-        before = len(manifest["shards"])
-        if not manifest["complete"]:
-            check_space(config, sum(shard["tokens"] for shard in manifest["shards"]))
-            source = "Python's own documentation" if config.dataset == "pydoc" else config.dataset
-            print(
-                f"{source} -> {config.data_dir}, tokenizer {config.tokenizer}, shards of {config.shard_size:,} tokens"
-                + (f"; going on after {before} shards" if before else ""),
-                flush=True,
-            )
-            try:
-                generate(config, manifest)
-            except concurrent.futures.BrokenExecutor:
-                raise UserError(
-                    "a tokenizing process was killed (out of memory?).\n"
-                    "HINT: run the same command again, perhaps with a smaller --num_proc",
-                    code=1,
-                ) from None
-    shards = manifest["shards"]
-    tokens, documents = (sum(shard[key] for shard in shards) for key in ("tokens", "documents"))
-    seconds = f" in {time.time() - start:.0f} s" if len(shards) > before else "; it was complete already"
+    start, before = time.time(), (read_manifest(config.data_dir) or {"complete": False})["complete"]
+    written = write_data_set(config)["shards"]
+    tokens, documents = (sum(shard[key] for shard in written) for key in ("tokens", "documents"))
+    seconds = "; it was complete already" if before else f" in {time.time() - start:.0f} s"
     print(
-        f"{config.data_dir}: {documents:,} documents, {tokens:,} tokens, {len(shards)} shards, {2 * tokens:,}"
-        f" bytes{seconds}"
+        f"{config.data_dir}: {count(documents, 'document')}, {tokens:,} tokens, {count(len(written), 'shard')}, "
+        f"{2 * tokens:,} bytes{seconds}"
     )
-    if shards[-1]["tokens"] < config.shard_size:
-        print(f"the last shard is shorter, as it should be: {shards[-1]['tokens']:,} tokens")
+    if written[-1]["tokens"] < config.shard_size:
+        print(f"the last shard is shorter, as it should be: {count(written[-1]['tokens'], 'token')}")
     preset = " --preset demo" if config.preset == "demo" else ""
-    usual = PRESETS[config.preset].get("data_dir", DataConfig.data_dir)
+    usual = PRESETS[config.preset].get("data_dir", DATA_DIR)
     where = "" if config.data_dir == usual else f" --data_dir {config.data_dir}"
     print(f"next: python train.py{preset}{where}")
     return 0

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from data_generator import get_tokenizer
 from GPT_Modules import GPT, TRANSPOSED, GPTConfig
 from lib.checkpoint import load_checkpoint, load_model
 from lib.cli import UserError, command, first_line, parse
 from lib.files import sync_directory, whole_file
+from lib.tokenizer import get_tokenizer
 from metrics import read_log, read_run
 from sample import stream_text
 

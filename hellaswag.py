@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data_generator import get_tokenizer
 from GPT_Modules import GPT
 from lib.checkpoint import load_model
 from lib.cli import UserError, choose_device, command, first_line, parse
+from lib.tokenizer import get_tokenizer
 
 VALIDATION_EXAMPLES = 10_042
 FIELDS = {"completion": ("ctx",), "harness": ("activity_label", "ctx_a", "ctx_b")}  # beside endings and label

@@ -14,10 +14,10 @@ from typing import Literal
 import tiktoken
 import torch
 
-from data_generator import get_tokenizer
 from GPT_Modules import GPT
 from lib.checkpoint import load_model
 from lib.cli import UserError, choose_device, command, parse
+from lib.tokenizer import get_tokenizer
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hellaswag
 import metrics
-from data_generator import TokenLoader, get_tokenizer
 from GPT_Modules import GPT, GPTConfig
 from lib.checkpoint import SaveError, load_model, newest_checkpoint, point_newest, save_checkpoint
-from lib.cli import UserError, choose_device, command, forget_output, parse
+from lib.cli import PositiveFloat, PositiveInt, UserError, choose_device, command, forget_output, parse
 from lib.files import only_writer
+from lib.shards import DATA_DIR, DEMO_DATA_DIR, TokenLoader
+from lib.tokenizer import get_tokenizer
 from sample import stream_text
 
 
@@ -44,29 +45,29 @@ class TrainConfig:
     # the model
     preset: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "demo"] = "gpt2"  # defaults of the other flags
     init_from: str = "scratch"  # first weights: scratch, a checkpoint, an exported folder, or gpt2, gpt2-medium ...
-    n_layer: int | None = None  # transformer blocks (default: 12, or what --init_from has)
-    n_head: int | None = None  # attention heads per block (default: 12, or what --init_from has)
-    n_embd: int | None = None  # channels (default: 768, or what --init_from has)
-    vocab_size: int | None = None  # rows of the token table (default: the tokenizer's, rounded up to a multiple of 64)
-    block_size: int | None = None  # longest context in tokens (default: seq_len, or what --init_from has)
+    n_layer: PositiveInt | None = None  # transformer blocks (default: 12, or what --init_from has)
+    n_head: PositiveInt | None = None  # attention heads per block (default: 12, or what --init_from has)
+    n_embd: PositiveInt | None = None  # channels (default: 768, or what --init_from has)
+    vocab_size: PositiveInt | None = None  # rows of the token table (default: the tokenizer's, up to a multiple of 64)
+    block_size: PositiveInt | None = None  # longest context in tokens (default: seq_len, or what --init_from has)
     # the places
-    data_dir: str = "edu_fineweb10B"  # shards to learn from
+    data_dir: str = DATA_DIR  # shards to learn from
     log_dir: str = "log"  # log, curve and checkpoints
     resume: Literal["auto", "never"] = "auto"  # go on from the newest checkpoint in log_dir, or insist on a new run
     # a step
-    total_batch_size: int = 524_288  # tokens in a step, over all GPUs: 2^19, about the 0.5M of GPT-3's paper
-    batch_size: int = 64  # sequences in a micro-batch; memory decides, the result does not change
-    seq_len: int = 1024  # tokens in a sequence
+    total_batch_size: PositiveInt = 524_288  # tokens in a step, over all GPUs: 2^19, about the 0.5M of GPT-3's paper
+    batch_size: PositiveInt = 64  # sequences in a micro-batch; memory decides, the result does not change
+    seq_len: PositiveInt = 1024  # tokens in a sequence
     # the schedule
-    max_steps: int = 19_073  # updates: 10 billion tokens in steps of 2^19
+    max_steps: PositiveInt = 19_073  # updates: 10 billion tokens in steps of 2^19
     warmup_steps: int = 715  # updates of linear warm-up: 375 million tokens, as GPT-3's
-    max_lr: float = 6e-4  # learning rate after the warm-up: GPT-3 124M's
+    max_lr: PositiveFloat = 6e-4  # learning rate after the warm-up: GPT-3 124M's
     min_lr: float = 6e-5  # learning rate at the end of the cosine
     weight_decay: float = 0.1  # AdamW's, on matrices only
-    grad_clip: float = 1.0  # largest norm of the gradient
+    grad_clip: PositiveFloat = 1.0  # largest norm of the gradient
     # looking and keeping
     val_every: int = 250  # steps between validations; 0 switches off
-    val_tokens: int = 10_485_760  # tokens of a validation: 20 steps' worth
+    val_tokens: PositiveInt = 10_485_760  # tokens of a validation: 20 steps' worth
     hellaswag_every: int = 250  # steps between HellaSwag evaluations; 0 switches off
     hellaswag_data: str | None = None  # .jsonl file of HellaSwag examples (default: from the Hub)
     sample_every: int = 250  # steps between samples; 0 switches off
@@ -76,7 +77,7 @@ class TrainConfig:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # precision; auto is bfloat16 on GPUs that have it
     compile: bool | None = None  # torch.compile the model (default: on CUDA)
-    timeout: int = 600  # seconds that ranks wait for each other
+    timeout: PositiveInt = 600  # seconds that ranks wait for each other
     seed: int = 1337  # of the first weights
 
 
@@ -86,7 +87,7 @@ PRESETS = {
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
     "demo": {
-        "data_dir": "demo/data", "log_dir": "demo/log", "n_layer": 4, "n_head": 4, "n_embd": 128, "seq_len": 64,
+        "data_dir": DEMO_DATA_DIR, "log_dir": "demo/log", "n_layer": 4, "n_head": 4, "n_embd": 128, "seq_len": 64,
         "batch_size": 8, "total_batch_size": 512, "max_steps": 6000, "warmup_steps": 150, "max_lr": 3e-3,
         "min_lr": 0.0, "val_every": 500, "val_tokens": 76_800, "hellaswag_every": 0, "sample_every": 1500,
         "save_every": 500, "keep_every": 0,
@@ -117,27 +118,13 @@ def due(step: int, every: int, max_steps: int) -> bool:
 
 
 def check_config(config: TrainConfig) -> None:
-    """Raise UserError for a value that can't be meant."""
-    least = dict.fromkeys(
-        (*MODEL_FLAGS, "total_batch_size", "batch_size", "seq_len", "max_steps", "val_tokens", "timeout"), 1
-    )
-    least |= dict.fromkeys([field.name for field in dataclasses.fields(config) if field.name.endswith("_every")], 0)
-    least |= {"warmup_steps": 0, "min_lr": 0, "weight_decay": 0, "seed": 0}
-    for name, bound in least.items():
-        value = getattr(config, name)
-        if value is not None and not value >= bound:
-            raise UserError(f"--{name} is {value}: it must be at least {bound}")
-    for name in ("max_lr", "grad_clip"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise UserError(f"--{name} is {getattr(config, name)}: it must be a number above 0")
-    if config.seed >= 2**64:
-        raise UserError(f"--seed is {config.seed}: it must be below 2^64")
+    """Raise UserError for values that contradict each other; the bounds of single ones stand beside their fields."""
     if config.min_lr > config.max_lr:
         raise UserError(f"--min_lr {config.min_lr} is above --max_lr {config.max_lr}")
     if config.val_every and config.val_tokens < config.total_batch_size:
         raise UserError(
             f"--val_tokens {config.val_tokens} is less than one step, --total_batch_size {config.total_batch_size}: "
-            "it must be a multiple of it"
+            "validation uses whole steps, so it must be at least as many"
         )
 
 

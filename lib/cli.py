@@ -1,15 +1,18 @@
-"""How every script meets its user: a frozen dataclass becomes flags and help, a UserError one line and an exit code.
+"""The command line: a frozen dataclass becomes flags and help, a UserError one line and an exit code.
 
-A field of the dataclass is a flag of the same name; the comment at its right is its help, a comment line of its own
+A field of the dataclass is a flag of the same name; the comment at its right is its help, and a comment line of its own
 starts a group:
 
     @dataclass(frozen=True)
     class SampleConfig:
         # the text
-        num_samples: int = 4  # texts to write
+        num_samples: PositiveInt = 4  # texts to write
+
+A number is finite, not negative and below 2^63; one whose type is PositiveInt or PositiveFloat is above 0 as well.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -20,11 +23,17 @@ import sys
 import textwrap
 import time
 import typing
+from typing import Annotated
+
+PositiveInt, PositiveFloat = Annotated[int, "positive"], Annotated[float, "positive"]
 
 
 class UserError(Exception):
-    """Something the user can put right. Printed as one message without a traceback; `code` becomes the exit code
-    (2 bad input, 1 the run failed). alone: under torchrun the other ranks need not have met it too."""
+    """Something that the user can put right: printed as one message without a traceback.
+
+    code: the exit code (2 bad input, 1 the run failed). alone: perhaps only this rank has met it, so it is printed
+    whatever the rank; other errors are the same on every rank.
+    """
 
     def __init__(self, message: str, code: int = 2, alone: bool = False):
         super().__init__(message)
@@ -34,8 +43,8 @@ class UserError(Exception):
 def command(main):
     """Decorate a script's `main(argv=None) -> int`: a UserError is printed on stderr and becomes the exit code.
 
-    Under torchrun every rank finds the same error; the first of each machine prints it, the others wait to be ended
-    with it, 10 s at most. A rank that is alone with an error prints it.
+    Under torchrun the first rank of each machine prints an error that all ranks have, and leaves; torchrun then ends
+    the others, which wait for that at most 10 s.
     """
 
     @functools.wraps(main)
@@ -65,14 +74,29 @@ def command(main):
     return run
 
 
+def leave(exit_code: int) -> typing.NoReturn:
+    """End the process. Under torchrun without Python's shutdown, during which a thread of gloo's that frees a tensor
+    aborts the process (-6)."""
+    if "RANK" not in os.environ:
+        sys.exit(exit_code)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(exit_code)
+
+
 def forget_output() -> None:
-    """Nobody reads our output any more (`| head`, a closed terminal): what is still printed goes nowhere."""
+    """Send standard output to /dev/null from now on: its reader is gone (`| head`, a closed terminal)."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def first_line(error: Exception) -> str:
-    """One line about an error, for people."""
+    """The type of an error and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}"
+
+
+def count(n: int, noun: str) -> str:
+    """1, "document" -> "1 document"; 2000, "document" -> "2,000 documents"."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "es" if noun.endswith(("ch", "s")) else "s")
 
 
 class Parser(argparse.ArgumentParser):
@@ -100,23 +124,21 @@ def choose_device(name: str, local_rank: int = 0):
 
 
 def parse(cls, argv: list[str] | None, doc: str, presets: dict[str, dict] | None = None, positional: str | None = None):
-    """Turn command line words into an instance of the dataclass `cls`.
+    """An instance of the dataclass `cls` from command line arguments.
 
-    argv: the words, None for sys.argv[1:]. doc: the script's docstring, shown by --help. presets: defaults by name of
-    preset, for a dataclass with a field `preset`. positional: the field that is given without a flag.
-    Raises UserError for words that don't fit.
+    argv: the arguments, None for sys.argv[1:]. doc: the script's docstring, shown by --help. presets: defaults by name
+    of preset, for a dataclass with a field `preset`. positional: the field that is given without a flag.
+    Raises UserError for arguments that don't fit their field's type or bound.
     """
-    width = functools.partial(argparse.RawDescriptionHelpFormatter, width=130, max_help_position=26)
+    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=130, max_help_position=26)
     usage = f"%(prog)s {f'[{positional}] ' if positional else ''}[flags]"
-    parser = Parser(usage=usage, description=doc, formatter_class=width, allow_abbrev=False)
-    comments, hints, group = field_comments(cls), typing.get_type_hints(cls), parser
+    parser = Parser(usage=usage, description=doc, formatter_class=formatter, allow_abbrev=False)
+    comments, group = field_comments(cls), parser
     for field in dataclasses.fields(cls):
         heading, text = comments[field.name]
         if heading:
             group = parser.add_argument_group(heading)
-        kind, default = hints[field.name], field.default
-        if type(None) in typing.get_args(kind):  # int | None
-            kind = typing.get_args(kind)[0]
+        (kind, _), default = field_type(cls, field.name), field.default
         options = {"default": default, "help": text.replace("%", "%%")}
         if typing.get_origin(kind) is typing.Literal:
             options |= {"choices": kind.__args__, "metavar": "WHICH"}
@@ -133,11 +155,37 @@ def parse(cls, argv: list[str] | None, doc: str, presets: dict[str, dict] | None
             group.add_argument(field.name, **options | {"metavar": field.name.upper()})
         else:
             group.add_argument(f"--{field.name}", **options)
-    words = [flag_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
+    arguments = [with_underscores(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     if presets:
-        preset, _ = parser.parse_known_args(words)
-        parser.set_defaults(**presets[preset.preset])
-    return cls(**vars(parser.parse_args(words)))
+        chosen, _ = parser.parse_known_args(arguments)
+        parser.set_defaults(**presets[chosen.preset])
+    config = cls(**vars(parser.parse_args(arguments)))
+    check_bounds(config)
+    return config
+
+
+def field_type(cls, name: str) -> tuple[type, bool]:
+    """(type, whether it must be above 0) of a dataclass's field: PositiveInt | None -> (int, True)."""
+    kind = typing.get_type_hints(cls, include_extras=True)[name]
+    if type(None) in typing.get_args(kind):
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is Annotated:
+        return typing.get_args(kind)[0], True
+    return kind, False
+
+
+def check_bounds(config) -> None:
+    """Raise UserError for a number of a dataclass that is out of its bounds (see the top of this file)."""
+    for name, value in vars(config).items():
+        kind, positive = field_type(type(config), name)
+        if value is None or kind not in (int, float):
+            continue
+        if kind is int and value < int(positive):
+            raise UserError(f"--{name} is {value}: it must be at least {int(positive)}")
+        if not (0 < value if positive else 0 <= value):
+            raise UserError(f"--{name} is {value}: it must be a number {'above 0' if positive else 'of at least 0'}")
+        if value >= 2**63:
+            raise UserError(f"--{name} is {value}: it must be below 2^63")
 
 
 def field_comments(cls) -> dict[str, tuple[str, str]]:
@@ -152,10 +200,10 @@ def field_comments(cls) -> dict[str, tuple[str, str]]:
     return comments
 
 
-def flag_with_underscores(word: str) -> str:
+def with_underscores(argument: str) -> str:
     """--max-steps=5 -> --max_steps=5; --no-compile stays, it is argparse's own spelling."""
-    name, equals, value = word.partition("=")
+    name, equals, value = argument.partition("=")
     if not name.startswith("--"):
-        return word
+        return argument
     prefix = "--no-" if name.startswith("--no-") else "--"
     return prefix + name[len(prefix) :].replace("-", "_") + equals + value

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -45,8 +46,8 @@ def sync_directory(directory) -> None:
 def only_writer(directory):
     """Hold the directory (made if need be) for this process; raises UserError naming the process that has it.
 
-    The lock is fcntl's: the kernel drops it when the process ends however it ends, and children don't inherit it.
-    Temporary files that an earlier writer left are removed.
+    The lock is fcntl's: the kernel drops it however the process ends, and children don't inherit it. What an earlier
+    writer left under a name in .tmp is removed.
     """
     directory = Path(directory)
     try:
@@ -67,5 +68,5 @@ def only_writer(directory):
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         for leftover in directory.glob("*.tmp"):
-            leftover.unlink()
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield

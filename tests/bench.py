@@ -38,9 +38,10 @@ import torch.nn.functional as F  # noqa: E402
 import data_generator  # noqa: E402
 import hellaswag  # noqa: E402
 import metrics  # noqa: E402
-from data_generator import TokenLoader, get_tokenizer  # noqa: E402
 from GPT_Modules import GPT, GPTConfig  # noqa: E402
 from lib.checkpoint import save_checkpoint  # noqa: E402
+from lib.shards import TokenLoader  # noqa: E402
+from lib.tokenizer import get_tokenizer  # noqa: E402
 
 SIZES = {  # shape, B and T on a CPU
     "demo": (GPTConfig(64, 320, 4, 4, 128), 8, 64),

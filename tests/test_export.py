@@ -18,9 +18,9 @@ from safetensors import safe_open
 import export
 import sample
 import train
-from data_generator import get_tokenizer
 from GPT_Modules import GPT, GPTConfig
 from lib.checkpoint import load_model
+from lib.tokenizer import get_tokenizer
 
 FILES = {
     "README.md", "config.json", "generation_config.json", "merges.txt", "model.safetensors", "special_tokens_map.json",

@@ -15,10 +15,10 @@ from hub import Hub
 
 import hellaswag
 import train
-from data_generator import get_tokenizer
 from GPT_Modules import GPT, GPTConfig
 from hellaswag import count_right, load_examples, losses, prepare
 from lib.cli import UserError
+from lib.tokenizer import get_tokenizer
 
 SHAPE = GPTConfig(block_size=64, vocab_size=50304, n_layer=2, n_head=2, n_embd=32)
 

@@ -8,8 +8,8 @@ import torch
 from conftest import ROOT, script
 
 import sample
-from data_generator import get_tokenizer
 from GPT_Modules import GPT, GPTConfig
+from lib.tokenizer import get_tokenizer
 from sample import stream_text
 
 SHAPE = GPTConfig(block_size=32, vocab_size=320, n_layer=1, n_head=2, n_embd=16)
