@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from GPT_Modules import GPT
 from lib.checkpoint import load_model
-from lib.cli import UserError, choose_device, command, first_line, parse
+from lib.cli import UserError, command, first_line, parse
+from lib.ranks import choose_device
 from lib.tokenizer import get_tokenizer
 
 VALIDATION_EXAMPLES = 10_042

@@ -7,11 +7,13 @@
 A line of log.txt is `step stream value`: `250 val 3.9518`.
 """
 
+import collections
 import contextlib
 import json
 import math
 import os
 import re
+import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ from typing import Literal
 from GPT_Modules import GPTConfig
 from lib.cli import UserError, command, first_line, parse
 from lib.files import whole_file
+from lib.ranks import device_name
+from lib.shards import FINEWEB_EDU
+from lib.tokenizer import UNIT
 
 # OpenAI's GPT-2 124M on build-nanogpt's validation shard (loss, nats per token) and on HellaSwag (acc_norm, completion
 # style); GPT-3 124M on HellaSwag from table H.1 of Brown et al. 2020.
@@ -45,16 +50,24 @@ class MetricsConfig:
 
 
 class Log:
-    """LOG_DIR/log.txt, continued from a step: what was measured at this step or later is measured again."""
+    """LOG_DIR/log.txt, continued from a step: what was measured at this step or later is measured again.
 
-    def __init__(self, log_dir, start_step: int):
+    log_dir None writes nothing: for the ranks that don't keep the log.
+    """
+
+    def __init__(self, log_dir, first_step: int):
+        self.file = None
+        if log_dir is None:
+            return
         path = Path(log_dir) / "log.txt"
-        kept = [line for line in whole_lines(path) if int(line.split()[0]) < start_step]
+        kept = [line for line in whole_lines(path) if int(line.split()[0]) < first_step]
         with whole_file(path) as file:
             file.writelines(line.encode() for line in kept)
         self.file = open(path, "a", buffering=2**20)
 
     def write(self, step: int, **values: float) -> None:
+        if self.file is None:
+            return
         for stream, value in values.items():
             self.file.write(f"{step} {stream} {value:.6g}\n")
         with contextlib.suppress(OSError):  # while the disk is full, lines wait in the buffer
@@ -111,6 +124,29 @@ def peak_flops(device_name: str) -> float | None:
     return PEAK_TFLOPS[max(known, key=len)] * 1e12 if known else None
 
 
+class Speed:
+    """Tokens per second, MFU, and the time that is left, from how long steps take."""
+
+    def __init__(self, model: GPTConfig, train, ranks, bf16: bool):
+        """train: the TrainConfig of the run. ranks: its Ranks."""
+        self.tokens_per_step, self.recent = train.total_batch_size, collections.deque(maxlen=50)
+        peak = peak_flops(device_name(ranks.device)) if ranks.device.type == "cuda" and bf16 else None
+        self.limit = peak * ranks.world_size / flops_per_token(model, train.seq_len) if peak else None  # tokens/s
+
+    def measure(self, seconds: float) -> dict[str, float]:
+        """The log's values for a step that took so long: tok_s, and mfu where the GPU's peak is known."""
+        self.recent.append(seconds)
+        tok_s = self.tokens_per_step / seconds
+        return {"tok_s": tok_s} | ({"mfu": tok_s / self.limit} if self.limit else {})
+
+    def line(self, steps_left: int) -> str:
+        """The last step's speed for people, with the time that the rest will take at the median of the recent steps."""
+        seconds = self.recent[-1]
+        tok_s, eta = self.tokens_per_step / seconds, duration(steps_left * statistics.median(self.recent))
+        mfu = f" | MFU {tok_s / self.limit:.1%}" if self.limit else ""
+        return f"{1000 * seconds:.0f} ms | {tok_s:,.0f} tok/s{mfu} | ETA {eta}"
+
+
 def duration(seconds: float) -> str:
     """4000 -> 1h07m"""
     minutes, hours = int(seconds) // 60, int(seconds) // 3600
@@ -133,7 +169,7 @@ def plot(log_dir) -> Path | None:
     tokens_per_step = run.get("tokens_per_step", 0)
     # OpenAI's loss is comparable on the same validation tokens only
     comparable = (
-        run.get("data", {}).get("dataset") == "HuggingFaceFW/fineweb-edu" and run["data"]["tokenizer"] == "gpt2"
+        run.get("data", {}).get("dataset") == FINEWEB_EDU and run["data"]["tokenizer"] == "gpt2"
     )
     with_hella = "hella" in log
     figure = Figure(figsize=(12 if with_hella else 8, 4.5), layout="constrained")
@@ -153,7 +189,7 @@ def plot(log_dir) -> Path | None:
         axes[0].axhline(GPT2_VAL_LOSS, color="tab:red", linestyle="--", label=f"OpenAI GPT-2 124M ({GPT2_VAL_LOSS})")
     axes[0].set(
         xlabel="step",
-        ylabel=f"loss (nats per {'byte' if run.get('data', {}).get('tokenizer') == 'bytes' else 'token'})",
+        ylabel=f"loss (nats per {UNIT[run.get('data', {}).get('tokenizer', 'gpt2')]})",
     )
     if with_hella:
         steps, scores = zip(*log["hella"], strict=True)

@@ -16,7 +16,8 @@ import torch
 
 from GPT_Modules import GPT
 from lib.checkpoint import load_model
-from lib.cli import UserError, choose_device, command, parse
+from lib.cli import UserError, command, parse
+from lib.ranks import choose_device
 from lib.tokenizer import get_tokenizer
 
 

@@ -14,29 +14,27 @@ Shapes: B sequences in a micro-batch (batch_size), T tokens in a sequence (seq_l
 
 import contextlib
 import dataclasses
-import datetime
-import errno
 import math
 import os
 import platform
 import signal
-import sys
 import time
 from dataclasses import dataclass
 from typing import Literal
 
+import tiktoken
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import hellaswag
 import metrics
 from GPT_Modules import GPT, GPTConfig
-from lib.checkpoint import SaveError, load_model, newest_checkpoint, point_newest, save_checkpoint
-from lib.cli import PositiveFloat, PositiveInt, UserError, choose_device, command, forget_output, parse
+from lib.checkpoint import SaveError, load_model, newest_checkpoint, point_newest, remove_older, save_checkpoint
+from lib.cli import PositiveFloat, PositiveInt, UserError, command, count, leave, parse
 from lib.files import only_writer
-from lib.shards import DATA_DIR, DEMO_DATA_DIR, TokenLoader
-from lib.tokenizer import get_tokenizer
+from lib.ranks import Ranks, Signals
+from lib.shards import DATA_DIR, DEMO_DATA_DIR, TokenLoader, public_name
+from lib.tokenizer import PROMPT, get_tokenizer
 from sample import stream_text
 
 
@@ -100,8 +98,11 @@ MAY_CHANGE = {
     "hellaswag_data", "sample_every", "save_every", "keep_every", "device", "compile", "timeout",
 }  # fmt: skip
 MODEL_FLAGS = tuple(field.name for field in dataclasses.fields(GPTConfig))
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 SKIPS_IN_A_ROW = 10  # updates that may be skipped for NaN or Inf before the run is given up
+NOT_FINITE = """loss or gradient were not finite {skips} times in a row, up to step {step}.
+HINT: the last good checkpoint is in {log_dir}; try a lower --max_lr or --dtype float32 from there"""
+NEXT = """next: python sample.py --model {model}
+      python export.py --model {model} --out GPT124M"""
 
 
 def get_lr(step: int, config: TrainConfig) -> float:
@@ -128,6 +129,31 @@ def check_config(config: TrainConfig) -> None:
         )
 
 
+# ---- the parts of a run: data, model, and what a checkpoint says of both
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run learns from and is measured on."""
+
+    train: TokenLoader
+    val: TokenLoader | None  # None: no validation
+    val_steps: int  # whole steps of the validation stream that are used
+    encoding: tiktoken.Encoding
+    examples: list[dict]  # HellaSwag's; empty: no HellaSwag
+
+
+def open_data(config: TrainConfig, ranks: Ranks) -> Data:
+    """Raises UserError if the shards, the tokenizer or HellaSwag can't be had, before anything is written."""
+    shares = config.seq_len, config.batch_size, config.total_batch_size, ranks.rank, ranks.world_size
+    pin_memory = ranks.device.type == "cuda"
+    train = TokenLoader(config.data_dir, "train", *shares, pin_memory=pin_memory)
+    val = TokenLoader(config.data_dir, "val", *shares, pin_memory=pin_memory) if config.val_every else None
+    val_steps = min(config.val_tokens // config.total_batch_size, val.steps) if val else 0
+    examples = hellaswag.load_examples(config.hellaswag_data) if config.hellaswag_every else []
+    return Data(train, val, val_steps, get_tokenizer(train.tokenizer), examples)
+
+
 def first_model(config: TrainConfig, loader: TokenLoader) -> GPT:
     """The model before its first update, on the CPU: new weights, or those of --init_from."""
     given = {name: getattr(config, name) for name in MODEL_FLAGS if getattr(config, name) is not None}
@@ -141,7 +167,12 @@ def first_model(config: TrainConfig, loader: TokenLoader) -> GPT:
         model = GPT(gpt_config)
     else:
         model, tokenizer = load_model(config.init_from)
-        check_shape(given, model.config, f"--init_from {config.init_from}")
+        for name, value in given.items():
+            if value != getattr(model.config, name):
+                raise UserError(
+                    f"--{name} {value} contradicts --init_from {config.init_from}, which has "
+                    f"{getattr(model.config, name)}: leave the flag out"
+                )
         if tokenizer != loader.tokenizer:
             raise UserError(
                 f"--init_from {config.init_from} reads {tokenizer} tokens, {config.data_dir} has {loader.tokenizer}"
@@ -153,23 +184,18 @@ def first_model(config: TrainConfig, loader: TokenLoader) -> GPT:
     return model
 
 
-def check_shape(given: dict, shape: GPTConfig, where: str) -> None:
-    for name, value in given.items():
-        if value != getattr(shape, name):
-            raise UserError(
-                f"--{name} {value} contradicts {where}, which has {getattr(shape, name)}: leave the flag out"
-            )
-
-
 def check_same_run(config: TrainConfig, data: dict, checkpoint: dict, path) -> None:
     """Raise UserError naming each setting in which this run differs from the one it would continue."""
+    if config.resume == "never":
+        raise UserError(
+            f"{config.log_dir} has checkpoints: choose another --log_dir, or --resume auto to go on from {path.name}"
+        )
     if "optimizer" not in checkpoint:
         raise UserError(f"{path} has weights only, no run to continue: use --init_from {path} and another --log_dir")
-    now, then, shape = vars(config), checkpoint["train_config"], vars(checkpoint["config"])
-    pairs = [
-        (name, then.get(name, value), value) for name, value in now.items() if name not in {*MAY_CHANGE, *MODEL_FLAGS}
-    ]
-    pairs += [(name, shape[name], now[name]) for name in MODEL_FLAGS if now[name] is not None]
+    now, then, model = vars(config), checkpoint["train_config"], vars(checkpoint["config"])
+    fixed = [name for name in now if name not in {*MAY_CHANGE, *MODEL_FLAGS}]
+    pairs = [(name, then.get(name, now[name]), now[name]) for name in fixed]
+    pairs += [(name, model[name], now[name]) for name in MODEL_FLAGS if now[name] is not None]
     pairs += [(f"data ({name})", checkpoint["data"].get(name), value) for name, value in data.items()]
     differences = [f"{name} was {before}, is {value}" for name, before, value in pairs if before != value]
     if config.max_steps < max(checkpoint["step"], then["max_steps"]):
@@ -181,367 +207,278 @@ def check_same_run(config: TrainConfig, data: dict, checkpoint: dict, path) -> N
         )
 
 
-def ranks_agree(raw_model: GPT, step: int, world_size: int) -> None:
-    """Raise UserError, the same on every rank, if the weights or the step are not the same everywhere, bit for bit."""
-    if world_size == 1:
-        return
-    sums = [parameter.detach().view(torch.int32).sum() for parameter in raw_model.parameters()]
-    mine = torch.stack([torch.full_like(sums[0], step), *sums])
-    everyone = [torch.empty_like(mine) for _ in range(world_size)]
-    dist.all_gather(everyone, mine)
-    if different := [rank for rank, theirs in enumerate(everyone) if not torch.equal(theirs, everyone[0])]:
-        raise UserError(
-            f"at step {step} the weights of ranks {different} differ from rank 0's: nothing is saved.\n"
-            "HINT: a GPU or its memory may be failing; the same command goes on from the last checkpoint",
-            code=1,
+def use_bfloat16(dtype: str, device: torch.device) -> bool:
+    if dtype == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return dtype == "bfloat16"
+
+
+def describe(config: TrainConfig, ranks: Ranks, raw_model: GPT, data: Data, precision: str, compiled: bool) -> dict:
+    """The facts of a run for run.json, which others may read: of absolute paths the base name alone."""
+    paths = {name: value for name, value in vars(config).items() if isinstance(value, str) and os.path.isabs(value)}
+    identity = data.train.identity()
+    return {
+        "config": vars(config) | {name: os.path.basename(path) for name, path in paths.items()},
+        "model": vars(raw_model.config),
+        "data": identity | {"dataset": public_name(identity)},
+        "parameters": sum(parameter.numel() for parameter in raw_model.parameters()),
+        "tokens_per_step": config.total_batch_size,
+        "hardware": ranks.hardware(),
+        "precision": precision,
+        "compiled": compiled,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+
+
+def announce(config: TrainConfig, ranks: Ranks, data: Data, facts: dict, source) -> None:
+    """Say what the run is, and how much, before it costs anything."""
+    model, loader = GPTConfig(**facts["model"]), data.train
+    epochs = config.max_steps * config.total_batch_size / loader.tokens
+    ranks.say(
+        f"model: {facts['parameters']:,} parameters from {source}; {count(model.n_layer, 'layer')}, "
+        f"{count(model.n_head, 'head')}, {count(model.n_embd, 'channel')}, {model.block_size} tokens of context, "
+        f"a vocabulary of {model.vocab_size}"
+    )
+    ranks.say(
+        f"data: {loader.tokens:,} tokens ({loader.tokenizer}) to learn from in {config.data_dir}; "
+        f"{count(config.max_steps, 'step')} of {config.total_batch_size:,} are {epochs:.2f} epochs"
+    )
+    ranks.say(
+        f"machine: {facts['hardware']}, {facts['precision']}, {'compiled' if facts['compiled'] else 'not compiled'}; a "
+        f"step is {count(loader.micro_steps, 'micro-batch')} of {loader.B} x {loader.T} tokens for each process"
+    )
+    if ranks.device.type == "cuda" and facts["precision"] == "float32" and config.dtype == "auto":
+        ranks.say("this GPU has no bfloat16: training in float32, at a fraction of the speed")
+    if not loader.complete:
+        ranks.say(f"WARNING: {config.data_dir} is not complete: run data_generator.py again for the rest of its tokens")
+    if data.val and data.val_steps * config.total_batch_size != config.val_tokens:
+        ranks.say(
+            f"validation uses {data.val_steps * config.total_batch_size:,} tokens: the whole steps in --val_tokens "
+            f"{config.val_tokens:,} and in the {data.val.tokens:,} of the validation shards"
         )
+
+
+# ---- what the loop calls
 
 
 @torch.no_grad()
-def validation_loss(model, loader: TokenLoader, steps: int, device, autocast, world_size: int) -> float:
-    """Mean loss in nats per token over the first `steps` steps of the validation stream, on all ranks together."""
-    total = torch.zeros((), device=device)
-    for step in range(steps):
-        for x, y in loader.batches(step):
+def validation_loss(model, data: Data, ranks: Ranks, autocast) -> float:
+    """Mean loss in nats per token over the first val_steps steps of the validation stream, on all ranks together."""
+    total = torch.zeros((), device=ranks.device)
+    for step in range(data.val_steps):
+        for x, y in data.val.batches(step):
             with autocast:
-                _, loss = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
-            total += loss / (steps * loader.micro_steps * world_size)
-    if world_size > 1:
-        dist.all_reduce(total)
-    return total.item()
+                _, loss = model(x.to(ranks.device, non_blocking=True), y.to(ranks.device, non_blocking=True))
+            total += loss / (data.val_steps * data.val.micro_steps * ranks.world_size)
+    return ranks.sum(total).item()
 
 
-def hellaswag_score(raw_model: GPT, questions, n: int, device, autocast, world_size: int) -> float:
-    """acc_norm over n examples, of which this rank has a share."""
+def hellaswag_score(raw_model: GPT, questions: hellaswag.Questions, n: int, ranks: Ranks, autocast) -> float:
+    """acc_norm over n examples, of which `questions` are this rank's share."""
     with autocast:
-        right = hellaswag.count_right(questions, hellaswag.losses(raw_model, questions))
-    right = torch.tensor(right, device=device)
-    if world_size > 1:
-        dist.all_reduce(right)
-    return right[1].item() / n
+        _, right_norm = hellaswag.count_right(questions, hellaswag.losses(raw_model, questions))
+    return ranks.sum(torch.tensor(right_norm, device=ranks.device)).item() / n
 
 
-def hardware(device: torch.device, world_size: int) -> str:
-    if device.type == "cuda":
-        return f"{world_size} x {torch.cuda.get_device_name(device)}"
-    threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return f"{world_size} x {device.type.upper()}{threads}"
+def samples(raw_model: GPT, encoding: tiktoken.Encoding, autocast) -> str:
+    """Two texts of the model as it is now, at a temperature that keeps the worst slips out."""
+    prompt, length, texts = PROMPT[encoding.name], 64 if encoding.name == "gpt2" else 256, []
+    for seed in (42, 43):
+        with autocast:
+            text = prompt + "".join(stream_text(raw_model, encoding, prompt, length, temperature=0.8, seed=seed))
+        text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)  # no control codes
+        texts.append("  sample\n  > " + text.replace("\n", "\n  > "))
+    return "\n".join(texts)
 
 
-def peak_memory(device: torch.device) -> float:
-    """GB that this process has used at most, of the GPU's memory or else of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
+def draw_curve(config: TrainConfig, ranks: Ranks) -> None:
+    try:
+        if ranks.main:
+            metrics.plot(config.log_dir)
+    except OSError as error:
+        ranks.say(f"WARNING: {error}; the curve is not drawn")
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+def save(config: TrainConfig, ranks: Ranks, log: metrics.Log, state: dict) -> bool:
+    """Save the state on the main rank. False if the disk did not take it, which costs this save and not the run."""
+    if not ranks.main:
+        return True
+    start, step = time.time(), state["step"]
+    try:
+        log.sync()
+        path = save_checkpoint(config.log_dir, state)
+    except (SaveError, OSError) as error:
+        ranks.say(f"WARNING: saving step {step} in {config.log_dir}: {error}; earlier checkpoints are intact")
+        return False
+    try:
+        remove_older(config.log_dir, step, config.keep_every)
+    except OSError as error:
+        ranks.say(f"WARNING: an older checkpoint could not be removed: {error}")
+    log.write(step, save_s=time.time() - start)
+    ranks.say(f"saved {path} in {time.time() - start:.1f} s")
+    return True
 
 
-def run(config: TrainConfig, stack: contextlib.ExitStack) -> int:
-    # ---- who we are
-    rank, world_size, local_rank = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+# ---- the run
 
-    def say(text: str) -> None:
-        if rank == 0:
-            try:
-                print(text, flush=True)
-            except OSError as error:  # no reason to stop: log.txt has the numbers
-                if error.errno != errno.ENOSPC:  # a terminal that is gone stays away, a full disk may have room again
-                    forget_output()
 
-    check_config(config)
-    device = choose_device(config.device, local_rank)
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and has_bf16)
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # what stays in fp32 may use TF32
-    if device.type == "cpu":
-        # glibc's malloc keeps free blocks as large as the largest that it has seen freed (32 MB at most); else it gives
-        # the activations back to the kernel in every step, and fetches them again page by page
-        torch.empty(31 * 2**18)
-
-    # ---- tokens
-    shape = config.seq_len, config.batch_size, config.total_batch_size, rank, world_size
-    train_loader = TokenLoader(config.data_dir, "train", *shape)
-    val_loader = TokenLoader(config.data_dir, "val", *shape) if config.val_every else None
-    data, encoding = train_loader.identity(), get_tokenizer(train_loader.tokenizer)
-    val_steps = min(config.val_tokens // config.total_batch_size, val_loader.steps) if val_loader else 0
-    examples = hellaswag.load_examples(config.hellaswag_data) if config.hellaswag_every else []
-
-    # ---- model and optimizer
-    if rank == 0:
-        stack.enter_context(only_writer(config.log_dir))
+def train(config: TrainConfig, ranks: Ranks, signals: Signals, data: Data) -> int:
+    """Start the run, or go on from its newest checkpoint, to max_steps or until a signal. Returns the exit code."""
+    # ---- the state to go on from: the newest checkpoint's, or that before the first update
     checkpoint, path, damaged = newest_checkpoint(config.log_dir)
-    if checkpoint and config.resume == "never":
-        raise UserError(
-            f"{config.log_dir} has checkpoints: choose another --log_dir, or --resume auto to go on from {path.name}"
-        )
     if checkpoint:
-        check_same_run(config, data, checkpoint, path)
+        check_same_run(config, data.train.identity(), checkpoint, path)
         raw_model = GPT(checkpoint["config"])
         raw_model.load_state_dict(checkpoint["model"])
-        start_step, val_loss = checkpoint["step"], checkpoint["val_loss"]
-        last_max_steps = checkpoint["train_config"]["max_steps"]
     else:
-        raw_model, start_step, val_loss, last_max_steps = first_model(config, train_loader), 0, None, config.max_steps
-    gpt_config = raw_model.config
-    questions = hellaswag.prepare(
-        examples[rank::world_size], encoding, "completion", gpt_config.block_size, hellaswag.token_budget(device)
-    )
-    if world_size > 1:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=config.timeout)
-        )
-    raw_model.to(device).train()
-    ranks_agree(raw_model, start_step, world_size)
+        raw_model = first_model(config, data.train)
+        checkpoint = {"step": 0, "val_loss": None, "optimizer": None, "train_config": vars(config)}
+    first_step, val_loss = checkpoint["step"], checkpoint["val_loss"]
+    val_step = checkpoint.get("val_step")
+    old_max_steps = checkpoint["train_config"]["max_steps"]
+    mine, budget = data.examples[ranks.rank :: ranks.world_size], hellaswag.token_budget(ranks.device)
+    questions = hellaswag.prepare(mine, data.encoding, "completion", raw_model.config.block_size, budget)
+
+    # ---- model and optimizer
+    ranks.connect(config.timeout)
+    raw_model.to(ranks.device).train()
+    ranks.check_same(raw_model, first_step)
     optimizer = raw_model.configure_optimizers(config.weight_decay, config.max_lr)
-    if checkpoint:
+    if checkpoint["optimizer"]:
         optimizer.load_state_dict(checkpoint["optimizer"])
     del checkpoint  # gigabytes
-    compiled = device.type == "cuda" if config.compile is None else config.compile
+    bf16 = use_bfloat16(config.dtype, ranks.device)
+    autocast = torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=bf16)
+    compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
     model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
-    if world_size > 1:
-        model = DistributedDataParallel(
-            model, device_ids=[local_rank] if device.type == "cuda" else None, gradient_as_bucket_view=True
-        )
+    if ranks.world_size > 1:
+        gpu = [ranks.local_rank] if ranks.device.type == "cuda" else None
+        model = DistributedDataParallel(model, device_ids=gpu, gradient_as_bucket_view=True)
 
-    # ---- the run's arithmetic, before it costs anything
-    parameters = list(raw_model.parameters())
-    n_parameters = sum(parameter.numel() for parameter in parameters)
-    precision = "bfloat16" if bf16 else "float32"
-    say(
-        f"model: {n_parameters:,} parameters from {path or config.init_from}; {gpt_config.n_layer} layers, "
-        f"{gpt_config.n_head} heads, {gpt_config.n_embd} channels, {gpt_config.block_size} tokens of context, "
-        f"{gpt_config.vocab_size} words"
-    )
-    say(
-        f"data: {train_loader.tokens:,} tokens ({train_loader.tokenizer}) to learn from in {config.data_dir}; "
-        f"{config.max_steps:,} steps of {config.total_batch_size:,} are "
-        f"{config.max_steps * config.total_batch_size / train_loader.tokens:.2f} epochs"
-    )
-    say(
-        f"machine: {hardware(device, world_size)}, {precision}, {'compiled' if compiled else 'not compiled'}; a step "
-        f"is {train_loader.micro_steps} micro-batches of {config.batch_size} x {config.seq_len} tokens for each process"
-    )
-    if device.type == "cuda" and not bf16 and config.dtype == "auto":
-        say("this GPU has no bfloat16: training in float32, at a fraction of the speed")
-    if not train_loader.complete:
-        say(f"WARNING: {config.data_dir} is not complete: run data_generator.py again for the rest of its tokens")
-    if val_loader and val_steps * config.total_batch_size != config.val_tokens:
-        say(
-            f"validation uses {val_steps * config.total_batch_size:,} tokens: the whole steps in --val_tokens "
-            f"{config.val_tokens:,} and in the {val_loader.tokens:,} of the validation shards"
-        )
+    # ---- log
+    facts = describe(config, ranks, raw_model, data, "bfloat16" if bf16 else "float32", compiled)
+    announce(config, ranks, data, facts, path or config.init_from)
     for reason in damaged:
-        say(f"WARNING: {reason}: passed over")
+        ranks.say(f"WARNING: {reason}: passed over")
     if path:
-        say(f"going on from {path}, after {start_step:,} steps")
-    if last_max_steps != config.max_steps:
-        say(f"max_steps was {last_max_steps}: from here the cosine ends at {config.max_steps}")
-    flops = metrics.flops_per_token(gpt_config, config.seq_len)
-    peak_flops = metrics.peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" and bf16 else None
-
-    log = None
-    if rank == 0:
-        log = metrics.Log(config.log_dir, start_step)
+        ranks.say(f"going on from {path}, after {first_step:,} steps")
+    if old_max_steps != config.max_steps:
+        ranks.say(f"max_steps was {old_max_steps}: from here the cosine ends at {config.max_steps}")
+    log = metrics.Log(config.log_dir if ranks.main else None, first_step)
+    speed = metrics.Speed(raw_model.config, config, ranks, bf16)
+    if ranks.main:
+        metrics.write_run(config.log_dir, facts)
         if damaged:
             point_newest(path)
-        metrics.write_run(
-            config.log_dir,
-            {
-                "config": vars(config),
-                "model": vars(gpt_config),
-                "data": data,
-                "parameters": n_parameters,
-                "tokens_per_step": config.total_batch_size,
-                "hardware": hardware(device, world_size),
-                "precision": precision,
-                "compiled": compiled,
-                "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            },
-        )
+    signals.listen()
 
-    # a signal only leaves a note; the ranks read it together at the end of the step
-    received, parent = [], os.getppid()
-    for number in SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
-            stack.callback(signal.signal, number, signal.signal(number, lambda number, frame: received.append(number)))
-
-    def record(step, **values):
-        if log:
-            log.write(step, **values)
-
-    def save(step) -> bool:
-        if log is None:
-            return True
-        start = time.time()
-        try:
-            log.sync()
-            saved = save_checkpoint(
-                config.log_dir,
-                config.keep_every,
-                {
-                    "model": raw_model.state_dict(),
-                    "config": gpt_config,
-                    "step": step,
-                    "val_loss": val_loss,
-                    "tokenizer": train_loader.tokenizer,
-                    "optimizer": optimizer.state_dict(),
-                    "train_config": vars(config),
-                    "data": data,
-                },
-            )
-        except (SaveError, OSError) as error:
-            say(f"WARNING: saving step {step} in {config.log_dir}: {error}; earlier checkpoints are intact")
-            return False
-        record(step, save_s=time.time() - start)
-        say(f"saved {saved} in {time.time() - start:.1f} s")
-        return True
-
-    # ---- the loop
-    stop, skips, seconds, last_line, saved = 0, 0, [], 0.0, True
-    for step in range(start_step, config.max_steps + 1):
+    # ---- the loop. step counts the updates made: after the last one it turns once more, to evaluate and save
+    stop, skips, saved, printed = False, 0, True, 0.0
+    for step in range(first_step, config.max_steps + 1):
         last = step == config.max_steps or stop
         validating, scoring, sampling = (
             not stop and due(step, every, config.max_steps)
             for every in (config.val_every, config.hellaswag_every, config.sample_every)
         )
-        saving = (last or due(step, config.save_every, config.max_steps)) and step > start_step
-        eval_start = time.time()
-        if validating or saving:
-            ranks_agree(raw_model, step, world_size)
+        start = time.time()
         if validating:
-            val_loss = validation_loss(model, val_loader, val_steps, device, autocast, world_size)
-            record(step, val=val_loss)
-            say(f"step {step:5d} | validation loss {val_loss:.4f} on {val_steps * config.total_batch_size:,} tokens")
+            val_loss, val_step = validation_loss(model, data, ranks, autocast), step
+            log.write(step, val=val_loss)
+            val_tokens = data.val_steps * config.total_batch_size
+            ranks.say(f"step {step:5d} | validation loss {val_loss:.4f} on {val_tokens:,} tokens")
         if scoring:
-            score = hellaswag_score(raw_model, questions, len(examples), device, autocast, world_size)
-            record(step, hella=score)
-            say(f"step {step:5d} | HellaSwag acc_norm {score:.4f} (style completion, {len(examples):,} examples)")
-        if sampling and rank == 0:
-            show_samples(raw_model, encoding, autocast, say)
+            n = len(data.examples)
+            score = hellaswag_score(raw_model, questions, n, ranks, autocast)
+            log.write(step, hella=score)
+            ranks.say(f"step {step:5d} | HellaSwag acc_norm {score:.4f} (style completion, {n:,} examples)")
+        if sampling and ranks.main:
+            ranks.say(samples(raw_model, data.encoding, autocast))
         if validating or scoring or sampling:
-            record(step, eval_s=time.time() - eval_start)
-        if validating and rank == 0:
-            try:
-                metrics.plot(config.log_dir)
-            except OSError as error:
-                say(f"WARNING: {error}; the curve is not drawn")
-        if saving:
-            saved = save(step)
+            log.write(step, eval_s=time.time() - start)
+        if validating:
+            draw_curve(config, ranks)
+        if (last or due(step, config.save_every, config.max_steps)) and step > first_step:
+            ranks.check_same(raw_model, step)
+            state = {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict(), "config": raw_model.config}
+            state |= {"step": step, "val_loss": val_loss, "val_step": val_step, "train_config": vars(config)}
+            state |= {"tokenizer": data.train.tokenizer, "data": data.train.identity()}
+            saved = save(config, ranks, log, state)
         if last:
             break
 
-        step_start = time.time()
-        lr = get_lr(step, config)
+        start, lr = time.time(), get_lr(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss_sum = torch.zeros((), device=device)
-        for micro_step, (x, y) in enumerate(train_loader.batches(step)):
-            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)  # (B, T)
-            # gradients add up on each rank, and are averaged over the ranks with the last micro-batch only
-            model.require_backward_grad_sync = micro_step == train_loader.micro_steps - 1
+        loss_sum = torch.zeros((), device=ranks.device)
+        for micro_step, (x, y) in enumerate(data.train.batches(step)):
+            x, y = x.to(ranks.device, non_blocking=True), y.to(ranks.device, non_blocking=True)  # (B, T)
+            # gradients add up on each rank; the backward pass of the last micro-batch averages them over the ranks
+            model.require_backward_grad_sync = micro_step == data.train.micro_steps - 1
             with autocast:
                 _, loss = model(x, y)
-            (loss / train_loader.micro_steps).backward()
-            loss_sum += loss.detach() / (train_loader.micro_steps * world_size)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-        # one exchange and one synchronisation a step: loss, norm, and which signals the ranks have had
-        orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent  # torchrun was killed
-        notes = [number in received or (orphaned and number == signal.SIGTERM) for number in SIGNALS]
-        shared = torch.cat((loss_sum.view(1), torch.tensor(notes).to(device, torch.float32, non_blocking=True)))
-        if world_size > 1:
-            dist.all_reduce(shared)
-        loss, *notes, norm = torch.cat((shared, norm.view(1))).tolist()
-        if math.isfinite(loss) and math.isfinite(norm):  # the same on every rank: both are sums over all of them
+            (loss / data.train.micro_steps).backward()
+            loss_sum += loss.detach() / (data.train.micro_steps * ranks.world_size)
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip)
+        stop = ranks.max(signals.pending())  # all ranks stop after the same step, whichever of them had the signal
+        loss, norm, stop = torch.stack((ranks.sum(loss_sum), norm, stop)).tolist()  # the step's one wait for the GPU
+        if math.isfinite(loss) and math.isfinite(norm):  # the same on every rank: both are over all of them
             optimizer.step()
             skips = 0
         else:
-            record(step, skipped=1)
             skips += 1
-            say(f"step {step:5d} | loss {loss} norm {norm}: not finite, the update is skipped")
+            log.write(step, skipped=1)
+            ranks.say(f"step {step:5d} | loss {loss} norm {norm}: not finite, the update is skipped")
         optimizer.zero_grad()
-        seconds = [*seconds[-49:], time.time() - step_start]
-        stop = next((number for number, count in zip(SIGNALS, notes, strict=True) if count), 0)
         if skips == SKIPS_IN_A_ROW:
-            raise UserError(
-                f"loss or gradient were not finite {skips} times in a row, up to step {step}.\nHINT: the last good "
-                f"checkpoint is in {config.log_dir}; try a lower --max_lr or --dtype float32 from there",
-                code=1,
-            )
-        tok_s = config.total_batch_size / seconds[-1]
-        speed = {"tok_s": tok_s}
-        if peak_flops:
-            speed["mfu"] = tok_s * flops / (peak_flops * world_size)
-        record(step, train=loss, lr=lr, norm=norm, **speed)
-        if time.time() - last_line > 1 or step + 1 == config.max_steps:  # a line a second is enough to read
-            last_line = time.time()
-            eta = metrics.duration((config.max_steps - step - 1) * sorted(seconds)[len(seconds) // 2])
-            mfu = f" | MFU {speed['mfu']:.1%}" if peak_flops else ""
-            say(
-                f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {1000 * seconds[-1]:.0f} ms |"
-                f" {tok_s:,.0f} tok/s{mfu} | ETA {eta}"
-            )
+            raise UserError(NOT_FINITE.format(skips=skips, step=step, log_dir=config.log_dir), code=1)
+        log.write(step, train=loss, lr=lr, norm=norm, **speed.measure(time.time() - start))
+        if time.time() - printed > 1 or step + 1 == config.max_steps:  # a line a second is enough to read
+            printed, left = time.time(), config.max_steps - step - 1
+            ranks.say(f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {speed.line(left)}")
 
-    # ---- the end
-    saved = torch.tensor(float(saved), device=device)
-    if world_size > 1:  # rank 0 may still be saving, and torchrun ends it half a minute after another rank has gone
-        dist.all_reduce(saved, dist.ReduceOp.MIN)
-    if not saved:
+    # ---- the end. All wait here for rank 0's save: torchrun ends a rank half a minute after another one has left
+    if ranks.max(not saved):
         raise UserError(
             f"the last checkpoint could not be saved in {config.log_dir}: make room and run the same command", code=1
         )
     if stop:
-        say(f"stopped by {signal.Signals(stop).name} after {step:,} steps, saved; the same command goes on from here")
-        return 128 + stop
-    if start_step == config.max_steps:
-        say(f"finished at step {step}: raise --max_steps or choose another --log_dir")
+        name = signal.Signals(int(stop)).name
+        ranks.say(f"stopped by {name} after {count(step, 'step')}, saved; the same command goes on from here")
+        return 128 + int(stop)
+    if first_step == config.max_steps:
+        ranks.say(f"finished at step {step}: raise --max_steps or choose another --log_dir")
     else:
-        say(f"done: {step:,} steps, peak memory {peak_memory(device):.1f} GB per process")
-    say(
-        f"next: python sample.py --model {config.log_dir}/model_checkpoint.pt\n"
-        f"      python export.py --model {config.log_dir}/model_checkpoint.pt --out GPT124M"
-    )
+        ranks.say(f"done: {count(step, 'step')}, peak memory {ranks.peak_memory():.1f} GB per process")
+    ranks.say(NEXT.format(model=f"{config.log_dir}/model_checkpoint.pt"))
     return 0
 
 
-def show_samples(raw_model: GPT, encoding, autocast, say) -> None:
-    """Two texts that the model writes now, a little on the safe side."""
-    prompt, length = ("Hello, I'm a language model,", 64) if encoding.name == "gpt2" else ("", 256)
-    for seed in (42, 43):
-        with autocast:
-            text = prompt + "".join(stream_text(raw_model, encoding, prompt, length, temperature=0.8, seed=seed))
-        text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)  # spares the terminal
-        say("  sample\n  > " + text.replace("\n", "\n  > "))
+@contextlib.contextmanager
+def explain_out_of_memory(batch_size: int):
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # GPU's, CPU's
+            raise
+        half = batch_size // 2
+        hint = f"--batch_size {half} needs about half; the result is the same" if half else "choose a smaller model"
+        raise UserError(
+            f"the model at --batch_size {batch_size} does not fit into memory.\nHINT: {hint}", alone=True
+        ) from None
 
 
 @command
 def main(argv=None) -> int:
     config = parse(TrainConfig, argv, __doc__, PRESETS)
-    try:
-        with contextlib.ExitStack() as stack:
-            code = run(config, stack)
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            return code
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # GPU's, CPU's
-            raise
-        half = config.batch_size // 2
-        hint = f"--batch_size {half} needs about half; the result is the same" if half else "choose a smaller model"
-        raise UserError(
-            f"the model at --batch_size {config.batch_size} does not fit into memory.\nHINT: {hint}", alone=True
-        ) from None
+    check_config(config)
+    ranks = Ranks(config.device)
+    with explain_out_of_memory(config.batch_size), Signals() as signals:
+        data = open_data(config, ranks)
+        with only_writer(config.log_dir) if ranks.main else contextlib.nullcontext():
+            exit_code = train(config, ranks, signals, data)
+        ranks.disconnect()
+    return exit_code
 
 
 if __name__ == "__main__":
-    exit_code = main()
-    if "RANK" in os.environ:  # no shutdown of Python: in it, a thread of gloo's that gives a tensor back aborts (-6)
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        os._exit(exit_code)
-    sys.exit(exit_code)
+    leave(main())

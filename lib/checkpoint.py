@@ -19,6 +19,7 @@ import torch
 from GPT_Modules import GPT
 from lib.cli import UserError, first_line
 from lib.files import sync_directory, whole_file
+from lib.tokenizer import tokenizer_of
 
 NEWEST = "model_checkpoint.pt"
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -28,18 +29,18 @@ class SaveError(Exception):
     """The disk did not take a checkpoint. Those before it are untouched."""
 
 
-def save_checkpoint(log_dir, keep_every: int, content: dict) -> Path:
-    """Save content as LOG_DIR/model_NNNNN.pt (NNNNN: content["step"]), read it back, move model_checkpoint.pt to it.
+def save_checkpoint(log_dir, state: dict) -> Path:
+    """Save the state of a run as LOG_DIR/model_NNNNN.pt (NNNNN: its step), verify it, link model_checkpoint.pt to it.
 
-    content: model, config, step, val_loss, tokenizer, optimizer, train_config, data. Of the older checkpoints the last
-    one stays and every keep_every steps one (0: none). Raises SaveError if the disk is full or fails, and ValueError
-    for weights or optimizer moments that are not finite; then nothing has changed on the disk.
+    state: model, optimizer, config, step, val_loss, val_step, tokenizer, train_config, data. Raises SaveError if the
+    disk is full or fails, and ValueError for weights or optimizer moments that are not finite; then nothing has changed
+    on the disk.
     """
-    check_finite(content)
-    path = Path(log_dir) / f"model_{content['step']:05d}.pt"
+    check_finite(state)
+    path = Path(log_dir) / f"model_{state['step']:05d}.pt"
     try:
         with whole_file(path) as file:
-            torch.save(content, file)
+            torch.save(state, file)
             file.flush()
             with ThreadPoolExecutor(1) as pool:  # the checksums are compared while the disk is still writing
                 written = pool.submit(os.fsync, file.fileno())
@@ -52,26 +53,24 @@ def save_checkpoint(log_dir, keep_every: int, content: dict) -> Path:
         free = shutil.disk_usage(log_dir).free
         raise SaveError(f"{path} could not be saved ({error}); {free:,} bytes are free there") from error
     point_newest(path)
-    steps = checkpoint_paths(log_dir)
-    older = sorted(step for step in steps if step < content["step"])
-    for step in older[:-1]:
-        if not (keep_every and step % keep_every == 0):
-            delete(steps[step])
     return path
 
 
-def delete(path: Path) -> None:
-    """Remove a file. Its name goes now; to give back gigabytes takes the kernel a while, so a thread waits for that."""
-    file = open(path, "rb")
-    path.unlink()
-    threading.Thread(target=file.close).start()
+def remove_older(log_dir, step: int, keep_every: int) -> None:
+    """Remove the checkpoints before `step` but for the last one and each multiple of keep_every (0: none)."""
+    paths = checkpoint_paths(log_dir)
+    for older in sorted(s for s in paths if s < step)[:-1]:
+        if not (keep_every and older % keep_every == 0):
+            file = open(paths[older], "rb")
+            paths[older].unlink()  # the name goes now; freeing the blocks is slow, so a thread closes the last handle
+            threading.Thread(target=file.close).start()
 
 
-def check_finite(content: dict) -> None:
-    moments = [t for state in content["optimizer"]["state"].values() for t in state.values() if torch.is_tensor(t)]
-    norms = torch._foreach_norm([*content["model"].values(), *moments])
+def check_finite(state: dict) -> None:
+    moments = [t for values in state["optimizer"]["state"].values() for t in values.values() if torch.is_tensor(t)]
+    norms = torch._foreach_norm([*state["model"].values(), *moments])
     if not all(torch.isfinite(norm) for norm in norms):
-        raise ValueError(f"the state after step {content['step']} has numbers that are not finite: it is not saved")
+        raise ValueError(f"the state after step {state['step']} has numbers that are not finite: it is not saved")
 
 
 def verify(path) -> None:
@@ -137,25 +136,37 @@ def newest_checkpoint(log_dir) -> tuple[dict | None, Path | None, list[str]]:
     return None, None, []
 
 
-def load_model(name: str, device="cpu") -> tuple[GPT, str]:
-    """(model, name of its tokenizer) of a checkpoint, an exported folder, or OpenAI's weights by name from the Hub.
+def open_model(name: str) -> tuple[GPT, str, dict, Path | None]:
+    """(model on the CPU, name of its tokenizer, the checkpoint it is from, the checkpoint's path) of --model.
 
-    Reads checkpoints of the original scripts too. Raises UserError if there is no such model, or if it is damaged.
+    name: a checkpoint (the original scripts' too), a run's log directory (its newest good checkpoint), an exported
+    folder, or OpenAI's weights by name from the Hub; of the last two the checkpoint is {} and its path None.
+    Raises UserError if there is no such model, or if it is damaged.
     """
-    path = Path(name)
+    path, checkpoint = Path(name), {}
     if path.is_file():
         checkpoint = load_checkpoint(path)
+    elif path.is_dir() and checkpoint_paths(path):
+        checkpoint, path, _ = newest_checkpoint(path)
+    elif not path.is_dir() and name not in HUB_NAMES:
+        raise UserError(
+            f"there is no checkpoint or folder {name}; by name from the Hub there are {', '.join(HUB_NAMES)}"
+        )
+    if checkpoint:
         model = GPT(checkpoint["config"])
         try:
             model.load_weights(checkpoint["model"])
         except ValueError as error:
-            raise UserError(f"{name}: {error}") from None
-        return model.to(device).eval(), checkpoint.get("tokenizer", "gpt2")
-    if not path.is_dir() and name not in HUB_NAMES:
-        raise UserError(f"there is no checkpoint or folder {name}; by name from the Hub: {', '.join(HUB_NAMES)}")
+            raise UserError(f"{path}: {error}") from None
+        return model.eval(), checkpoint.get("tokenizer", "gpt2"), checkpoint, path
     try:
-        model = GPT.from_pretrained(name)
+        return GPT.from_pretrained(name).eval(), tokenizer_of(name), {}, None
     except Exception as error:  # what the Hub's HTTP library raises can't be named without naming the library
         where = "as a model folder" if path.is_dir() else "from the Hub"
         raise UserError(f"{name} can't be read {where}: {first_line(error)}") from None
-    return model.to(device).eval(), "bytes" if model.config.vocab_size == 257 else "gpt2"
+
+
+def load_model(name: str, device="cpu") -> tuple[GPT, str]:
+    """(model on the device, name of its tokenizer) of --model: see open_model."""
+    model, tokenizer, _, _ = open_model(name)
+    return model.to(device), tokenizer

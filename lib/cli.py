@@ -64,7 +64,7 @@ def command(main):
             print("interrupted", file=sys.stderr)
             return 130
         except BrokenPipeError:
-            forget_output()
+            discard_output()
             print("stopped: nobody reads the output", file=sys.stderr)
             return 1
         except OSError as error:  # a full disk, a directory that may not be written
@@ -84,7 +84,7 @@ def leave(exit_code: int) -> typing.NoReturn:
     os._exit(exit_code)
 
 
-def forget_output() -> None:
+def discard_output() -> None:
     """Send standard output to /dev/null from now on: its reader is gone (`| head`, a closed terminal)."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -106,21 +106,6 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(unknown[1].split("=")[0], self._option_string_actions, n=1)
             message = f"unknown flag {unknown[1]}" + (f": did you mean {near[0]}?" if near else "")
         raise UserError(f"{message} (--help lists the flags of {os.path.basename(sys.argv[0]) or 'this script'})")
-
-
-def choose_device(name: str, local_rank: int = 0):
-    """The torch.device for --device: auto takes CUDA, then Apple's MPS, then the CPU. Raises UserError if not there."""
-    import torch
-
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(kind for kind, is_there in there.items() if is_there) if name == "auto" else name
-    if not there[kind]:
-        raise UserError(f"--device {name}: this machine has none that torch can use; auto takes what there is")
-    if kind == "cuda" and local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"{local_rank + 1} processes or more, but {torch.cuda.device_count()} GPUs: lower --nproc_per_node"
-        )
-    return torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
 
 
 def parse(cls, argv: list[str] | None, doc: str, presets: dict[str, dict] | None = None, positional: str | None = None):

@@ -39,7 +39,7 @@ import data_generator  # noqa: E402
 import hellaswag  # noqa: E402
 import metrics  # noqa: E402
 from GPT_Modules import GPT, GPTConfig  # noqa: E402
-from lib.checkpoint import save_checkpoint  # noqa: E402
+from lib.checkpoint import remove_older, save_checkpoint  # noqa: E402
 from lib.shards import TokenLoader  # noqa: E402
 from lib.tokenizer import get_tokenizer  # noqa: E402
 
@@ -360,7 +360,8 @@ def bench_checkpoint(options) -> None:
                 os.fsync(file.fileno())
 
         def save_ours(round_):
-            save_checkpoint(directory, 0, content | {"step": round_})
+            save_checkpoint(directory, content | {"step": round_})
+            remove_older(directory, round_, 0)
 
         both = [("bare torch.save + fsync", save_bare), ("ours, verified", save_ours)]
         for round_ in range(2 * options.rounds + 3):

@@ -44,21 +44,21 @@ def poisoned(self, idx, targets=None):
     return logits, loss
 
 
-def disk_is_full(log_dir, keep_every, content):
-    if content["step"] != int(argument):
-        return save(log_dir, keep_every, content)
+def disk_is_full(log_dir, state):
+    if state["step"] != int(argument):
+        return save(log_dir, state)
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     try:
-        return save(log_dir, keep_every, content)
+        return save(log_dir, state)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-def take_long(log_dir, keep_every, content):
-    path = save(log_dir, keep_every, content)
-    time.sleep(3 if content["step"] == int(argument) else 0)
+def take_long(log_dir, state):
+    path = save(log_dir, state)
+    time.sleep(3 if state["step"] == int(argument) else 0)
     return path
 
 

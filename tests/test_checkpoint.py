@@ -18,7 +18,15 @@ import hellaswag
 import sample
 from GPT_Modules import GPT, GPTConfig
 from lib import checkpoint
-from lib.checkpoint import SaveError, checkpoint_paths, load_checkpoint, load_model, newest_checkpoint, save_checkpoint
+from lib.checkpoint import (
+    SaveError,
+    checkpoint_paths,
+    load_checkpoint,
+    load_model,
+    newest_checkpoint,
+    remove_older,
+    save_checkpoint,
+)
 from lib.cli import UserError
 
 SHAPE = GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
@@ -47,7 +55,7 @@ def same(one, other) -> bool:
 
 def test_saved_is_loaded_and_the_link_is_relative(tmp_path):
     state = content(7)
-    path = save_checkpoint(tmp_path, 0, state)
+    path = save_checkpoint(tmp_path, state)
     assert path.name == "model_00007.pt" and os.readlink(tmp_path / "model_checkpoint.pt") == "model_00007.pt"
     assert same(load_checkpoint(tmp_path / "model_checkpoint.pt"), state)
     assert same(torch.load(path), state)  # torch's default, weights_only=True
@@ -57,23 +65,25 @@ def test_saved_is_loaded_and_the_link_is_relative(tmp_path):
 def test_the_last_two_and_every_keep_every_stay(tmp_path):
     (tmp_path / "model_notes.pt").write_text("not a checkpoint")
     for step in (3, 5, 6, 9, 10, 12):
-        save_checkpoint(tmp_path, 5, content(step))
+        save_checkpoint(tmp_path, content(step))
+        remove_older(tmp_path, step, 5)
     assert sorted(checkpoint_paths(tmp_path)) == [5, 10, 12]
-    save_checkpoint(tmp_path, 5, content(13))
+    save_checkpoint(tmp_path, content(13))
+    remove_older(tmp_path, 13, 5)
     assert sorted(checkpoint_paths(tmp_path)) == [5, 10, 12, 13]
     assert (tmp_path / "model_notes.pt").exists() and os.readlink(tmp_path / "model_checkpoint.pt") == "model_00013.pt"
 
 
 def test_nothing_is_deleted_before_the_newer_one_is_verified(tmp_path, monkeypatch):
     for step in (1, 2):
-        save_checkpoint(tmp_path, 0, content(step))
+        save_checkpoint(tmp_path, content(step))
 
     def bad_disk(path):
         raise OSError("the disk gave back something else")
 
     monkeypatch.setattr(checkpoint, "verify", bad_disk)
     with pytest.raises(SaveError, match="model_00003.pt could not be saved"):
-        save_checkpoint(tmp_path, 0, content(3))
+        save_checkpoint(tmp_path, content(3))
     monkeypatch.undo()
     assert (
         sorted(checkpoint_paths(tmp_path)) == [1, 2] and load_checkpoint(tmp_path / "model_checkpoint.pt")["step"] == 2
@@ -87,18 +97,18 @@ def test_a_state_that_is_not_finite_is_never_saved(part, tmp_path):
     tensor = state["model"]["transformer.ln_f.bias"] if part == "model" else state["optimizer"]["state"][0]["exp_avg"]
     tensor.view(-1)[0] = float("nan")
     with pytest.raises(ValueError, match="the state after step 3 has numbers that are not finite"):
-        save_checkpoint(tmp_path, 0, state)
+        save_checkpoint(tmp_path, state)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_full_device_is_a_save_error_and_another_error_is_not(tmp_path, monkeypatch):
     (tmp_path / "model_00001.pt.tmp").symlink_to("/dev/full")
     with pytest.raises(SaveError, match=r"model_00001.pt could not be saved .* bytes are free"):
-        save_checkpoint(tmp_path, 0, content(1))
+        save_checkpoint(tmp_path, content(1))
     assert not list(tmp_path.iterdir())
     with pytest.raises(RuntimeError, match="something else"):
         monkeypatch.setattr(torch, "save", lambda *words: (_ for _ in ()).throw(RuntimeError("something else")))
-        save_checkpoint(tmp_path, 0, content(1))
+        save_checkpoint(tmp_path, content(1))
 
 
 def flip(data: bytes, bit: int) -> bytes:
@@ -109,7 +119,7 @@ def flip(data: bytes, bit: int) -> bytes:
 
 def test_damage_never_loads_as_something_else(tmp_path):
     state = content(4)
-    path = save_checkpoint(tmp_path, 0, state)
+    path = save_checkpoint(tmp_path, state)
     good, dice = path.read_bytes(), random.Random(4)
     n = len(good)
     page = dice.randrange(n // 4096) * 4096
@@ -132,7 +142,7 @@ def test_damage_never_loads_as_something_else(tmp_path):
 def test_the_newest_good_one_is_found(tmp_path):
     assert newest_checkpoint(tmp_path) == (None, None, [])
     for step in (1, 2):
-        path = save_checkpoint(tmp_path, 0, content(step))
+        path = save_checkpoint(tmp_path, content(step))
     path.write_bytes(path.read_bytes()[:-1])
     found, path, reasons = newest_checkpoint(tmp_path)
     assert found["step"] == 1 and path.name == "model_00001.pt" and len(reasons) == 1 and "model_00002.pt" in reasons[0]
@@ -143,7 +153,7 @@ def test_the_newest_good_one_is_found(tmp_path):
 
 
 def test_every_script_refuses_a_damaged_file(tmp_path, capsys):
-    path = save_checkpoint(tmp_path, 0, content(1))
+    path = save_checkpoint(tmp_path, content(1))
     path.write_bytes(flip(path.read_bytes(), 8 * 30_000))
     (tmp_path / "one.jsonl").write_text("{}")
     data, out = ["--data", str(tmp_path / "one.jsonl")], ["--out", str(tmp_path / "out")]
@@ -244,14 +254,15 @@ import sys
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_checkpoint import content
-from lib.checkpoint import save_checkpoint, newest_checkpoint
+from lib.checkpoint import newest_checkpoint, remove_older, save_checkpoint
 from lib.files import only_writer
 with only_writer({log_dir!r}):
     found, _, _ = newest_checkpoint({log_dir!r})
     state = content(0)
     print("ready", flush=True)
     for step in range(found["step"] + 1 if found else 0, 10_000):
-        save_checkpoint({log_dir!r}, 0, state | {{"step": step}})
+        save_checkpoint({log_dir!r}, state | {{"step": step}})
+        remove_older({log_dir!r}, step, 0)
 """
 
 
