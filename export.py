@@ -15,15 +15,69 @@ from pathlib import Path
 import torch
 
 from GPT_Modules import GPT, TRANSPOSED, GPTConfig
-from lib.checkpoint import load_checkpoint, load_model
+from lib.checkpoint import open_model
 from lib.cli import UserError, command, first_line, parse
 from lib.files import sync_directory, whole_file
-from lib.tokenizer import get_tokenizer
+from lib.shards import is_on_hub, public_name
+from lib.tokenizer import PROMPT, UNIT, get_tokenizer, tokenizer_files
 from metrics import read_log, read_run
 from sample import stream_text
 
-END = "<|endoftext|>"
 TOLERANCE = 1e-4  # between logits of the same weights; cropping the vocabulary changes the order of some sums
+
+CARD = """\
+---
+{{ card_data }}
+---
+
+# {{ name }}
+
+A GPT-2 of {{ "{:,}".format(parameters) }} parameters: {{ model.n_layer }} layers, {{ model.n_head }} heads, \
+{{ model.n_embd }} channels, {{ model.vocab_size }} tokens in the vocabulary, {{ model.block_size }} of context. \
+Made with GPT124M.
+{% if curve %}
+![Loss over the run](curve.png)
+{% endif %}
+## Use
+
+```python
+from transformers import pipeline
+
+generator = pipeline("text-generation", model="{{ name }}")
+print(generator("{{ prompt }}", max_new_tokens=50)[0]["generated_text"])
+```
+{% if train %}
+## Training
+
+| | |
+|---|---|
+| data | {{ source }}: {{ "{:,}".format(step * train.total_batch_size) }} tokens seen, \
+{{ "{:,}".format(data.tokens) }} in the data set |
+| first weights | {{ first_weights }} |
+| steps | {{ "{:,}".format(step) }} of {{ "{:,}".format(train.total_batch_size) }} tokens, \
+sequences of {{ train.seq_len }} |
+| learning rate | {{ "%g" % train.max_lr }} after {{ train.warmup_steps }} steps of warm-up, \
+cosine to {{ "%g" % train.min_lr }} at step {{ "{:,}".format(train.max_steps) }} |
+| optimizer | AdamW, betas 0.9 and 0.95, weight decay {{ "%g" % train.weight_decay }}, \
+gradients clipped at {{ "%g" % train.grad_clip }} |
+{% if run %}| hardware | {{ run.hardware }}, {{ run.precision }} |
+{% endif %}{% if loss %}| validation loss | {{ "%.4f" % loss.value }} nats per {{ unit }}{{ loss.at }} |
+{% endif %}{% if hellaswag %}| HellaSwag | acc_norm {{ "%.4f" % hellaswag.value }} (completion style)\
+{{ hellaswag.at }} |
+{% endif %}{% endif %}
+## Samples
+
+Temperature 1, the 50 likeliest tokens, not selected:
+{% for text in samples %}
+```text
+{{ text }}
+```
+{% endfor %}
+## Limits
+
+A small base model: it continues text, and does not follow instructions. It repeats what its training text holds, \
+errors and prejudices included, and states false things fluently. Don't rely on it for facts.
+"""
 
 
 @dataclass(frozen=True)
@@ -37,79 +91,6 @@ class ExportConfig:
     public: bool = False  # create the repository public (default: private)
 
 
-# ---- tokenizer files ----
-
-
-def byte_characters() -> dict[int, str]:
-    """GPT-2 writes each byte as a printable character: itself where it is one, else the next from code point 256."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
-
-
-def recover_merges(tokens: list[bytes]) -> list[tuple[bytes, bytes]]:
-    """The BPE merges, in order, from the tokens in order of their ids: each came from joining two that were there."""
-    ids = {token: id for id, token in enumerate(tokens)}
-    merges = []
-    for id, token in enumerate(tokens):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:  # join the pair that was learned first
-            first = min(range(len(parts) - 1), key=lambda i: ids.get(parts[i] + parts[i + 1], id))
-            parts[first : first + 2] = [parts[first] + parts[first + 1]]
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
-    return merges
-
-
-def tokenizer_files(tokenizer: str, block_size: int) -> dict[str, str]:
-    """{file name: text} of tokenizer.json, vocab.json, merges.txt, tokenizer_config.json, special_tokens_map.json."""
-    encoding, character = get_tokenizer(tokenizer), byte_characters()
-    tokens = [encoding.decode_single_token_bytes(id) for id in range(encoding.eot_token)]
-    merges = [["".join(character[byte] for byte in part) for part in pair] for pair in recover_merges(tokens)]
-    vocab = {"".join(character[byte] for byte in token): id for id, token in enumerate(tokens)}
-    vocab[END] = encoding.eot_token
-    added = {
-        "id": encoding.eot_token,
-        "content": END,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": True,
-        "special": True,
-    }
-    whole = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [added],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-        "post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True},
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocab,
-            "merges": merges,
-        },
-    }
-    names = {"bos_token": END, "eos_token": END, "unk_token": END}
-    settings = {"add_prefix_space": False, "clean_up_tokenization_spaces": False, "model_max_length": block_size}
-    return {
-        "tokenizer.json": json.dumps(whole, indent=2, ensure_ascii=False),
-        "vocab.json": json.dumps(vocab),
-        "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n",
-        "tokenizer_config.json": json.dumps(settings | names | {"tokenizer_class": "GPT2Tokenizer"}, indent=2) + "\n",
-        "special_tokens_map.json": json.dumps(names, indent=2) + "\n",
-    }
-
-
 # ---- model files ----
 
 
@@ -117,26 +98,12 @@ def config_files(config: GPTConfig, end_id: int) -> dict[str, str]:
     """{file name: text} of config.json and generation_config.json. n_ctx is there for llama.cpp's converter."""
     ends = {"bos_token_id": end_id, "eos_token_id": end_id}
     model = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_inner": None,
-        "layer_norm_epsilon": 1e-5,
-        "initializer_range": 0.02,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        **ends,
-        "tie_word_embeddings": True,
-        "use_cache": True,
-        "dtype": "float32",
-    }
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+        "vocab_size": config.vocab_size, "n_positions": config.block_size, "n_ctx": config.block_size,
+        "n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head, "n_inner": None,
+        "layer_norm_epsilon": 1e-5, "initializer_range": 0.02, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
+        **ends, "tie_word_embeddings": True, "use_cache": True, "dtype": "float32",
+    }  # fmt: skip
     return {
         "config.json": json.dumps(model, indent=2) + "\n",
         "generation_config.json": json.dumps(ends | {"pad_token_id": end_id}, indent=2) + "\n",
@@ -164,125 +131,44 @@ def crop(model: GPT, n_vocab: int) -> GPT:
 
 def model_card(name: str, model: GPT, tokenizer: str, checkpoint: dict, log_dir: Path | None) -> str:
     """README.md of the folder, from what the checkpoint and its log say; what was not measured is left out."""
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    data, settings, step = checkpoint.get("data", {}), checkpoint.get("train_config", {}), checkpoint.get("step")
     run = read_run(log_dir) if log_dir else {}
-    log = (
-        {stream: [value for at, value in points if at <= step] for stream, points in read_log(log_dir).items()}
-        if run
-        else {}
-    )
-    on_hub = re.fullmatch(r"[0-9a-f]{40}", data.get("revision") or "")
-    source = {"pydoc": f"the documentation of Python {data.get('revision')}", None: "unnamed shards"}.get(
-        data.get("dataset"), data.get("dataset")
-    )
-    unit, results = "byte" if tokenizer == "bytes" else "token", []
-    if checkpoint.get("val_loss") is not None:
-        results.append(
-            EvalResult(
-                "text-generation",
-                data["dataset"] if on_hub else "validation",
-                f"{source}, validation shard",
-                "loss",
-                round(checkpoint["val_loss"], 4),
-                metric_name=f"loss (nats per {unit})",
-            )
-        )
-    if log.get("hella"):
-        results.append(
-            EvalResult(
-                "text-generation",
-                "Rowan/hellaswag",
-                "HellaSwag (completion style)",
-                "acc_norm",
-                round(log["hella"][-1], 4),
-                metric_name="acc_norm",
-            )
-        )
+    data, train, step = checkpoint.get("data", {}), checkpoint.get("train_config", {}), checkpoint.get("step")
+    scores = [(at, score) for at, score in read_log(log_dir).get("hella", []) if at <= step] if run else []
+    loss = measured(checkpoint.get("val_loss"), checkpoint.get("val_step", step), step)
+    hellaswag = measured(scores[-1][1], scores[-1][0], step) if scores else None
+
+    dataset = data["dataset"] if is_on_hub(data) else None
+    names = {"pydoc": f"the documentation of Python {data.get('revision')}", None: "unnamed shards"}
+    source, unit, prompt = names.get(public_name(data), public_name(data)), UNIT[tokenizer], PROMPT[tokenizer]
+    results = []
+    if loss:
+        where = dataset or "validation", f"{source}, validation shard", "loss"
+        results.append(EvalResult("text-generation", *where, loss["value"], metric_name=f"loss (nats per {unit})"))
+    if hellaswag:
+        where = "Rowan/hellaswag", "HellaSwag (completion style)", "acc_norm"
+        results.append(EvalResult("text-generation", *where, hellaswag["value"], metric_name="acc_norm"))
     header = ModelCardData(
-        language="en",
-        license="mit",
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["gpt2", "text-generation"],
-        datasets=[data["dataset"]] if on_hub else None,
-        model_name=name,
+        language="en", license="mit", library_name="transformers", pipeline_tag="text-generation",
+        tags=["gpt2", "text-generation"], datasets=[dataset] if dataset else None, model_name=name,
         eval_results=results or None,
-    )
-
-    shape = model.config
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    lines = ["---", header.to_yaml(), "---", "", f"# {name}", ""]
-    lines += [
-        (
-            f"A GPT-2 of {parameters:,} parameters: {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd}"
-            f" channels, {shape.vocab_size} tokens in the vocabulary, {shape.block_size} of context. Made with GPT124M."
-        ),
-        "",
-    ]
-    if log_dir and (log_dir / "curve.png").exists():
-        lines += ["![Loss over the run](curve.png)", ""]
-    lines += [
-        "## Use",
-        "",
-        "```python",
-        "from transformers import pipeline",
-        "",
-        f'generator = pipeline("text-generation", model="{name}")',
-        f'print(generator("{prompt_for(tokenizer)}", max_new_tokens=50)[0]["generated_text"])',
-        "```",
-        "",
-    ]
-    if settings:
-        tokens = step * settings["total_batch_size"]
-        table = {
-            "data": f"{source}: {tokens:,} tokens seen, {data['tokens']:,} in the data set",
-            "first weights": settings["init_from"],
-            "steps": f"{step:,} of {settings['total_batch_size']:,} tokens, sequences of {settings['seq_len']}",
-            "learning rate": (
-                f"{settings['max_lr']:g} after {settings['warmup_steps']} steps of warm-up, "
-                f"cosine to {settings['min_lr']:g} at step {settings['max_steps']:,}"
-            ),
-            "optimizer": (
-                f"AdamW, betas 0.9 and 0.95, weight decay {settings['weight_decay']:g}, gradients clipped at "
-                f"{settings['grad_clip']:g}"
-            ),
-        }
-        if run:
-            table["hardware"] = f"{run['hardware']}, {run['precision']}"
-        if checkpoint.get("val_loss") is not None:
-            table["validation loss"] = f"{checkpoint['val_loss']:.4f} nats per {unit}"
-        if log.get("hella"):
-            table["HellaSwag"] = f"acc_norm {log['hella'][-1]:.4f} (completion style)"
-        lines += [
-            "## Training",
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {key} | {value} |" for key, value in table.items()),
-            "",
-        ]
-    lines += ["## Samples", "", "Temperature 1, the 50 likeliest tokens, not selected:", ""]
-    for seed in range(42, 46):
-        text = prompt_for(tokenizer) + "".join(
-            stream_text(model, get_tokenizer(tokenizer), prompt_for(tokenizer), 64, seed=seed)
-        )
-        lines += ["```text", text.replace("```", "'''"), "```", ""]
-    lines += [
-        "## Limits",
-        "",
-        (
-            "A small base model: it continues text, and does not follow instructions. It repeats what its training "
-            "text holds, errors and prejudices included, and states false things fluently. Don't rely on it for facts."
-        ),
-        "",
-    ]
-    return "\n".join(lines)
+    )  # fmt: skip
+    texts = [prompt + "".join(stream_text(model, get_tokenizer(tokenizer), prompt, 64, seed=s)) for s in range(42, 46)]
+    card = ModelCard.from_template(
+        header, template_str=CARD, name=name, model=model.config, source=source, unit=unit, prompt=prompt, data=data,
+        train=train, step=step, run=run, loss=loss, hellaswag=hellaswag,
+        first_weights=Path(train.get("init_from", "")).name,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        curve=log_dir is not None and (log_dir / "curve.png").exists(),
+        samples=[text.replace("```", "'''") for text in texts],
+    )  # fmt: skip
+    return str(card)
 
 
-def prompt_for(tokenizer: str) -> str:
-    return "Return the " if tokenizer == "bytes" else "Hello, I'm a language model,"
+def measured(value: float | None, at: int, step: int) -> dict | None:
+    """What the card says of a value that was measured at step `at` of a checkpoint's `step`; None if there is none."""
+    return None if value is None else {"value": round(value, 4), "at": "" if at == step else f", at step {at:,}"}
 
 
 # ---- the folder ----
@@ -293,9 +179,8 @@ def write_folder(config: ExportConfig, folder: Path) -> float:
     it is more than rounding."""
     from safetensors.torch import save_file
 
-    model, tokenizer = load_model(config.model)
-    path = Path(config.model)
-    checkpoint, log_dir = (load_checkpoint(path), path.resolve().parent) if path.is_file() else ({}, None)
+    model, tokenizer, checkpoint, path = open_model(config.model)
+    log_dir = path.resolve().parent if path else None
     encoding = get_tokenizer(tokenizer)
     exported = crop(model, encoding.n_vocab)
     name = config.push_to_hub or Path(config.out).resolve().name
@@ -311,6 +196,7 @@ def write_folder(config: ExportConfig, folder: Path) -> float:
     if log_dir and (log_dir / "curve.png").exists():
         shutil.copyfile(log_dir / "curve.png", folder / "curve.png")
     save_file(export_weights(exported), folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors gives it to its owner alone
 
     tokens = encoding.encode_ordinary(card)[: model.config.block_size]
     idx = torch.tensor([tokens])  # (1, T)

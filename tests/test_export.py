@@ -313,7 +313,7 @@ def test_weights_from_the_hub_by_name(name, gpt2_folder, tmp_path):
         shape = {"n_layer": None, "n_head": None, "n_embd": None, "init_from": name}
         words = flags(data_dir=tmp_path / "data", log_dir=tmp_path / "log", max_steps=2, **shape)
         done = script("train.py", *words, env=environment)
-        assert done.returncode == 0 and ", 50257 words" in done.stdout, done.stderr
+        assert done.returncode == 0 and ", a vocabulary of 50257" in done.stdout, done.stderr
         done = script("train.py", *words, "--vocab_size=50304", f"--log_dir={tmp_path / 'other'}", env=environment)
         assert done.returncode == 2 and "--vocab_size 50304 contradicts --init_from" in done.stderr
 
