@@ -21,9 +21,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# OpenAI kept these weights as (inputs, outputs); nn.Linear wants (outputs, inputs).
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -43,29 +40,6 @@ class GPTConfig:
             fits = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
             nearest = min(fits, key=lambda n: abs(n - self.n_head))
             raise ValueError(f"n_head {self.n_head} does not divide n_embd {self.n_embd}: n_head {nearest} would")
-
-
-# Checkpoints hold their GPTConfig; torch.load opens plain data and what is named here, and nothing else.
-# Checkpoints of the original scripts pickled it as a class of __main__.
-torch.serialization.add_safe_globals([GPTConfig, (GPTConfig, "__main__.GPTConfig")])
-
-
-class KVCache:
-    """Keys and values of one layer for the tokens so far: a new token costs one row of attention, not T of them."""
-
-    def __init__(self, block_size: int):
-        self.block_size = block_size
-        self.length = 0
-
-    def append(self, k, v):
-        """Add keys and values of T new tokens, each (B, H, T, D); return those of all, each (B, H, length, D)."""
-        if self.length == 0:
-            B, H, _, D = k.shape
-            self.k, self.v = k.new_empty(2, B, H, self.block_size, D)
-        start, self.length = self.length, self.length + k.size(2)
-        self.k[:, :, start : self.length] = k
-        self.v[:, :, start : self.length] = v
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]
 
 
 class CausalSelfAttention(nn.Module):
@@ -113,48 +87,6 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of the logits x @ weight.T, without holding them all.
-
-    At B=64, T=1024 the logits are 3.3 billion numbers. The head is the last operation before the loss, so each slice
-    of rows can be taken to its gradient at once and forgotten:
-    d loss / d logits = (softmax(logits) - one_hot(target)) / n.
-    backward() then only scales what is there. The mathematics is that of F.cross_entropy.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, learning):  # (n, C), (V, C), (n,), bool
-        n, V = x.size(0), weight.size(0)
-        # slices large enough for the matrix product, small enough to forget
-        rows = max(1, (2**29 if x.is_cuda else 2**25) // V)
-        grad_x = torch.empty_like(x) if learning else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learning else None
-        loss = x.new_zeros((), dtype=torch.float32)
-        for i in range(0, n, rows):
-            x_i, targets_i = x[i : i + rows], targets[i : i + rows, None]
-            logits = (x_i @ weight.T).float()  # (rows, V); from here in place: memory is what this is about
-            target_logits, highest = logits.gather(1, targets_i), logits.amax(dim=1, keepdim=True)  # (rows, 1) each
-            probs = logits.sub_(highest).exp_()
-            total = probs.sum(dim=1, keepdim=True)  # (rows, 1)
-            loss += (total.log() + highest - target_logits).sum() / n
-            if learning:
-                probs.div_(total * n).scatter_add_(1, targets_i, torch.full_like(total, -1 / n))
-                grad_logits = probs.to(x.dtype)
-                grad_x[i : i + rows] = grad_logits @ weight
-                if x.dtype == torch.float32:
-                    grad_weight.addmm_(grad_logits.T, x_i)
-                else:  # summed in float32 all the same
-                    grad_weight += grad_logits.T @ x_i
-        if learning:
-            ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_loss, grad_weight * grad_loss, None, None
-
-
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -171,7 +103,7 @@ class GPT(nn.Module):
         self.lm_head.weight = self.transformer.wte.weight  # tied: the same table reads tokens and writes them
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                # 2 n_layer projections add to the residual stream: the factor keeps its variance at 1 x that of one
+                # 2 * n_layer projections add into the residual stream; 1/sqrt(2 * n_layer) keeps their sum from growing
                 residual = name.endswith("c_proj.weight")
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
             elif name.endswith("bias"):
@@ -203,11 +135,8 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x), None
-        weight = self.lm_head.weight
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-        return None, ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), torch.is_grad_enabled())
+        # loss = F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten()), but with far less memory:
+        return None, linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, n_vocab=None):
@@ -293,3 +222,102 @@ class GPT(nn.Module):
             seen.add(f"transformer.{name}")
         if missing := own.keys() - seen:
             raise ValueError(f"weights are missing: {', '.join(sorted(missing)[:3])} ({len(missing)} in all)")
+
+
+class KVCache:
+    """Keys and values of one layer for the tokens so far: a new token then costs one row of attention, not T rows."""
+
+    def __init__(self, block_size: int):
+        self.block_size = block_size
+        self.length = 0
+
+    def append(self, k, v):
+        """Add keys and values of T new tokens, each (B, H, T, D); return those of all, each (B, H, length, D)."""
+        if self.length == 0:
+            B, H, _, D = k.shape
+            self.k, self.v = k.new_empty(2, B, H, self.block_size, D)
+        start, self.length = self.length, self.length + k.size(2)
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
+def linear_cross_entropy(x, weight, targets):
+    """F.cross_entropy(x @ weight.T, targets), the mean over n tokens in nats, without holding all the logits.
+
+    x (n, C), weight (V, C), targets (n,) int64 -> (), float32; under autocast the products are in its dtype.
+
+    Why not that: at B=64, T=1024 the logits are 3.3 billion numbers, which the backward pass needs as well. But the
+    loss is the last operation, and its gradient is known as soon as the logits are:
+    d loss / d logits = (softmax(logits) - one_hot(targets)) / n. So the forward pass takes a slice of tokens from x to
+    its gradient and drops its logits before the next slice; the backward pass only multiplies.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, targets, learning):
+        n, V, w = x.size(0), weight.size(0), weight.to(x.dtype)
+        slices = max(1, n * V // (2**28 if x.is_cuda else 2**25))  # few, so that the matrix products are efficient
+        rows, vocabulary = math.ceil(n / slices), torch.arange(V, device=x.device)
+        # Inductor keeps logits as long as anything reads them, and computes in one kernel what needs no indexing into
+        # them: so the target's logit is computed apart, and one_hot is a comparison. Eagerly, indexing is faster.
+        fused = torch.compiler.is_compiling()
+        loss = x.new_zeros((), dtype=torch.float32)
+        grad_x = torch.empty_like(x) if learning else None
+        grad_weight = torch.zeros_like(weight) if learning else None
+        for i in range(0, n, rows):
+            x_i, targets_i = x[i : i + rows], targets[i : i + rows, None]  # (rows, C), (rows, 1)
+            logits = (x_i @ w.T).float()  # (rows, V); from here in place, because it is large
+            target_logits = dot(x_i, w[targets_i[:, 0]]) if fused else logits.gather(1, targets_i)  # (rows, 1)
+            highest = logits.amax(dim=1, keepdim=True)
+            probs = logits.sub_(highest).exp_()
+            total = probs.sum(dim=1, keepdim=True)
+            loss += (total.log() + highest - target_logits).sum() / n
+            if learning:
+                if fused:
+                    grad_logits = probs / total - (vocabulary == targets_i).float()
+                else:
+                    grad_logits = probs.div_(total).scatter_add_(1, targets_i, -torch.ones_like(total))
+                grad_logits = grad_logits.to(x.dtype)
+                grad_x[i : i + rows] = grad_logits @ w
+                add_product(grad_weight, grad_logits, x_i)
+        ctx.n = n
+        ctx.save_for_backward(grad_x, grad_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_x, grad_weight = ctx.saved_tensors
+        scale = grad_loss / ctx.n  # here and not above: in float16, a probability divided by n is often 0
+        return grad_x * scale, grad_weight * scale, None, None
+
+
+def dot(a, b):
+    """(n, C), (n, C) -> (n, 1), float32"""
+    return (a.float() * b.float()).sum(dim=1, keepdim=True)
+
+
+@torch.library.custom_op("gpt124m::add_product", mutates_args={"total"})
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total (V, C) float32 += left.T @ right, for left (rows, V) and right (rows, C) of any precision.
+
+    An operator of its own, because Inductor would keep the products of all slices and add them up in one kernel.
+    """
+    if right.dtype == total.dtype:
+        total.addmm_(left.T, right)
+    elif right.is_cuda:  # a product in bfloat16 that is never rounded to it
+        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left.T @ right
+
+
+# OpenAI kept these weights as (inputs, outputs); nn.Linear wants (outputs, inputs).
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+# Checkpoints hold their GPTConfig; torch.load opens plain data and what is named here, and nothing else.
+# Checkpoints of the original scripts pickled it as a class of __main__.
+torch.serialization.add_safe_globals([GPTConfig, (GPTConfig, "__main__.GPTConfig")])
