@@ -169,15 +169,30 @@ class GPT(nn.Module):
         tokens = self.stream(idx, max_new_tokens, temperature, top_k, generator, n_vocab)
         return torch.cat((idx, *tokens), dim=1)
 
-    def configure_optimizers(self, weight_decay: float, learning_rate: float) -> torch.optim.AdamW:
-        """AdamW as GPT-3's (Brown et al. 2020, appendix B): matrices decay, biases and LayerNorms don't."""
-        parameters = list(self.parameters())
-        groups = [
-            {"params": [p for p in parameters if p.dim() == 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-        ]
+    def configure_optimizers(self, weight_decay: float, learning_rate: float, muon: bool = False) -> torch.optim.AdamW:
+        """AdamW as GPT-3's (Brown et al. 2020, appendix B): matrices decay, biases and LayerNorms don't.
+
+        muon: the matrices of the blocks take Muon's steps instead, and the token table one twice as large as the rest.
+        """
+        parameters = dict(self.named_parameters())
+        blocks = [p for name, p in parameters.items() if p.dim() == 2 and name.startswith("transformer.h.")]
+        tables = [self.transformer.wte.weight, self.transformer.wpe.weight]
+        others = [p for p in parameters.values() if p.dim() < 2]
+        if muon:
+            groups = [
+                {"params": blocks, "weight_decay": weight_decay, "muon": True},
+                {"params": tables[:1], "weight_decay": weight_decay, "lr_factor": 2.0},
+                {"params": tables[1:], "weight_decay": weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ]
+        else:
+            groups = [
+                {"params": tables + blocks, "weight_decay": weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ]
         assert sum(len(group["params"]) for group in groups) == len(parameters)
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
+        kind = Muon if muon else torch.optim.AdamW
+        return kind(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str) -> "GPT":
@@ -313,6 +328,48 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
         torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
     else:
         total += left.T @ right
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but for groups with "muon": their matrices take steps of Muon (Jordan 2024), the nearest orthogonal matrix
+    to the momentum of their gradients, scaled to the size of AdamW's steps (0.2 sqrt(max(rows, columns)), Liu et al.
+    2025, arXiv 2502.16982). The rows of c_attn.weight are q, k and v: three matrices, made orthogonal apart.
+    """
+
+    momentum = 0.95
+
+    @torch.no_grad()
+    def step(self):
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group.get("muon")]
+        super().step()
+        self.param_groups = groups
+        for group in groups:
+            if group.get("muon"):
+                for shape in dict.fromkeys(p.shape for p in group["params"]):  # matrices of one shape go together
+                    self.step_matrices([p for p in group["params"] if p.shape == shape], group)
+
+    def step_matrices(self, parameters, group):
+        rows, C = parameters[0].shape
+        for p in parameters:
+            self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)).lerp_(p.grad, 1 - self.momentum)
+        updates = torch.stack([p.grad.lerp(self.state[p]["momentum_buffer"], self.momentum) for p in parameters])
+        if rows == 3 * C:
+            updates = updates.view(-1, C, C)
+        updates = orthogonalize(updates) * (0.2 * math.sqrt(max(updates.shape[1:])))
+        for p, update in zip(parameters, updates.view(-1, rows, C), strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
+
+
+def orthogonalize(matrices):
+    """(n, rows, columns) -> the same with all singular values near 1, by 5 steps of a Newton-Schulz iteration."""
+    X = matrices.bfloat16() if matrices.is_cuda else matrices
+    X = X.mT if X.size(1) > X.size(2) else X
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        A = X @ X.mT
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return (X.mT if matrices.size(1) > matrices.size(2) else X).to(matrices.dtype)
 
 
 # OpenAI kept these weights as (inputs, outputs); nn.Linear wants (outputs, inputs).

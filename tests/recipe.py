@@ -1,0 +1,145 @@
+"""Which recipe reaches the loss of the faithful one in the fewest tokens? An experiment on two CPU cores.
+
+    python tests/recipe.py /tmp/recipe          runs what is missing in tests/recipe.json, then draws tests/recipe.png
+
+A GPT of 4 layers x 128 learns bytes of Python sources (those of the installed packages; each text is read once) in
+steps of 4,096 tokens by one of four recipes:
+
+    A  AdamW, cosine to a tenth of the learning rate: GPT-2's, as train.py has it by default
+    B  AdamW, constant, and in the second half linear to zero
+    C  Muon for the matrices of the blocks, c_attn as one matrix; the schedule is B's
+    D  Muon, with q, k and v as three matrices; the schedule is B's
+
+Each has its own learning rate, the best of a grid that goes on until the best lies inside; then three other seeds at
+that rate; then the best recipe in fewer steps, each run with its own decay.
+"""
+
+import hashlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+RESULTS, PICTURE = ROOT / "tests" / "recipe.json", ROOT / "tests" / "recipe.png"
+STEPS, TOKENS_PER_STEP, WARMUP = 1000, 4096, 40
+GRID, SEEDS, SHARES = (1.5e-3, 3e-3, 6e-3, 1.2e-2), (1, 2, 3), (0.5, 0.66, 0.8)
+LINEAR = ["--schedule=linear", "--min_lr=0"]
+ARMS = {"A": [], "B": LINEAR, "C": [*LINEAR, "--optimizer=muon"], "D": [*LINEAR, "--optimizer=muon"]}
+MODEL = "--n_layer=4 --n_head=4 --n_embd=128 --seq_len=128 --batch_size=16 --total_batch_size=4096".split()
+
+
+def write_data(directory: Path) -> None:
+    """Shards of bytes: sources of the installed packages, shuffled, none longer than 50 KB, each once."""
+    import data_generator
+
+    texts = {}
+    for path in sorted(Path(os.__file__).parent.rglob("*.py")) + sorted(
+        Path(sys.prefix).glob("lib/python3*/site-packages/**/*.py")
+    ):
+        content = path.read_bytes()
+        if 500 < len(content) < 50_000:
+            texts[hashlib.sha256(content).hexdigest()] = content.decode(errors="replace")
+    texts = list(texts.values())
+    random.Random(1337).shuffle(texts)
+    directory.mkdir(parents=True)
+    (directory / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:6000]))
+    words = ["--dataset", str(directory / "texts.jsonl"), "--data_dir", str(directory / "data"), "--tokenizer=bytes"]
+    assert data_generator.main([*words, "--shard_size=1000000", "--max_tokens=12000000"]) == 0
+
+
+def run(arm: str, lr: float, seed: int, steps: int, directory: Path) -> dict:
+    """One finished run, in a process of its own with one thread."""
+    log_dir = directory / f"{arm}-{lr:g}-{seed}-{steps}"
+    schedule = [f"--max_steps={steps}", f"--warmup_steps={WARMUP}", f"--max_lr={lr}", f"--min_lr={lr / 10}", *ARMS[arm]]
+    words = [*MODEL, *schedule, f"--seed={seed}", f"--data_dir={directory / 'data'}", f"--log_dir={log_dir}"]
+    words += [f"--val_every={steps}", "--val_tokens=524288", "--hellaswag_every=0", "--sample_every=0"]
+    words += ["--save_every=0", "--device=cpu", "--dtype=float32"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    start = time.time()
+    command = [sys.executable, __file__, "one", arm, *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    log = [line.split() for line in (log_dir / "log.txt").read_text().splitlines()]
+    loss = [float(value) for _, stream, value in log if stream == "val"][-1]
+    rate = statistics.median(float(value) for _, stream, value in log if stream == "tok_s")
+    facts = {"arm": arm, "lr": lr, "seed": seed, "steps": steps, "val_loss": loss}
+    return facts | {"tok_s": round(rate), "seconds": round(time.time() - start)}
+
+
+def one(arm: str, *words: str) -> int:
+    """The run itself. C differs from D in one thing: q, k and v are orthogonalised together."""
+    import GPT_Modules
+    import train
+
+    apart = GPT_Modules.orthogonalize
+
+    def together(matrices):
+        n, C, _ = matrices.shape
+        return apart(matrices) if n != 3 * 4 else 3**0.5 * apart(matrices.view(4, 3 * C, C)).view(n, C, C)
+
+    if arm == "C":
+        GPT_Modules.orthogonalize = together
+    return train.main(list(words))
+
+
+class Experiment:
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.runs = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
+
+    def complete(self, wanted: list[tuple]) -> None:
+        """Run what is missing of (arm, lr, seed, steps), two at a time."""
+        there = {(r["arm"], r["lr"], r["seed"], r["steps"]) for r in self.runs}
+        with ThreadPoolExecutor(2) as pool:
+            for result in pool.map(lambda job: run(*job, self.directory), [job for job in wanted if job not in there]):
+                self.runs.append(result)
+                print(result, flush=True)
+                self.write({})
+
+    def losses(self, arm, lr=None, seeds=SEEDS, steps=STEPS) -> dict:
+        """{(lr, seed): loss} of the runs of an arm."""
+        chosen = [r for r in self.runs if r["arm"] == arm and r["steps"] == steps and r["seed"] in seeds]
+        return {(r["lr"], r["seed"]): r["val_loss"] for r in chosen if lr in (None, r["lr"])}
+
+    def best_lr(self, arm: str) -> float:
+        """The best of the grid, which grows until the best is not at its edge."""
+        grid = list(GRID)
+        while True:
+            self.complete([(arm, lr, 0, STEPS) for lr in grid])
+            losses = {lr: loss for (lr, _), loss in self.losses(arm, seeds=(0,)).items()}
+            best = min(losses, key=losses.get)
+            if min(losses) < best < max(losses):
+                return best
+            grid.append(best / 2 if best == min(losses) else best * 2)
+
+    def mean(self, arm, lr, steps=STEPS) -> float:
+        return statistics.mean(self.losses(arm, lr, steps=steps).values())
+
+    def write(self, summary: dict) -> None:
+        setting = {"tokens_per_step": TOKENS_PER_STEP, "steps": STEPS, "warmup_steps": WARMUP, "model": MODEL}
+        lines = ",\n  ".join(json.dumps(r) for r in self.runs)
+        text = f'{{"setting": {json.dumps(setting)},\n "summary": {json.dumps(summary)},\n "runs": [\n  {lines}\n]}}\n'
+        RESULTS.write_text(text)
+
+
+def main() -> None:
+    directory = Path(sys.argv[1])
+    if not directory.exists():
+        write_data(directory)
+    experiment = Experiment(directory)
+    best = {arm: experiment.best_lr(arm) for arm in ARMS}
+    experiment.complete([(arm, best[arm], seed, STEPS) for arm in ARMS for seed in SEEDS])
+    winner = min("BCD", key=lambda arm: experiment.mean(arm, best[arm]))
+    experiment.complete([(winner, best[winner], seed, round(STEPS * s)) for s in SHARES for seed in SEEDS])
+    experiment.write({"best_lr": best, "winner": winner})
+
+
+if __name__ == "__main__":
+    sys.exit(one(*sys.argv[2:]) if sys.argv[1] == "one" else main())
