@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from GPT_Modules import GPT
 from lib.checkpoint import load_model
-from lib.cli import UserError, command, first_line, parse
+from lib.cli import PositiveInt, UserError, command, first_line, parse
 from lib.ranks import choose_device
 from lib.tokenizer import get_tokenizer
 
@@ -41,7 +41,7 @@ class HellaSwagConfig:
     # what to score
     model: str = "log/model_checkpoint.pt"  # a checkpoint, an exported folder, or gpt2, gpt2-medium ... from the Hub
     data: str | None = None  # .jsonl file of examples in the original format (default: from the Hub)
-    limit: int | None = None  # only the first so many examples
+    limit: PositiveInt | None = None  # only the first so many examples
     # how
     style: Literal["completion", "harness"] = "completion"  # raw text by tokens, or lm-evaluation-harness's way
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
@@ -142,11 +142,17 @@ class Questions:
 def prepare(
     examples: list[dict], encoding: tiktoken.Encoding, style: str, block_size: int, token_budget: int
 ) -> Questions:
-    """Tokenize examples, once for every evaluation.
+    """Tokenize examples, once for all evaluations of a run.
 
-    The four endings share their context, so they stand one after the other in one row, and a mask keeps each from
-    seeing the others. What does not fit into block_size is cut on the left. Rows of like length share a
-    batch of about token_budget tokens.
+    The four endings of an example share its context, so one row of tokens holds the context once and the endings after
+    it. Each ending has the positions that follow the context, and a mask hides the other endings from it:
+
+        row        c0 c1 c2 | a0 a1 | b0 | d0 d1 d2 | e0        context of 3 tokens, endings of 3, 2, 4 and 2
+        position    0  1  2 |  3  4 |  3 |  3  4  5 |  3        the last token of an ending is predicted, never read
+        part        0  0  0 |  1  1 |  2 |  3  3  3 |  4        a token sees those before it of part 0 and of its own
+
+    c2 predicts the first token of each ending, a0 the second of the first ending, and so on. Tokens that don't fit into
+    block_size are cut on the left. Rows of similar length share a batch of about token_budget tokens.
     """
     rows, lengths = [], np.ones((len(examples), 4))
     for number, example in enumerate(examples):
@@ -175,11 +181,11 @@ def row_length(row) -> int:
 
 
 def collate(rows) -> dict[str, torch.Tensor]:
-    """Rows of (context, [(slot, ending), ...]) as one batch. A slot is 4 x example + choice."""
+    """Rows of (context, [(slot, ending), ...]) as one batch. The slot of an ending is 4 x example + choice."""
     B, T = len(rows), max(map(row_length, rows))
-    idx, pos, part = (np.zeros((B, T), dtype=np.int64) for _ in range(3))  # part: 0 the context, 1.. the endings
-    part[:] = 5  # padding, which sees the context and itself, and which nobody sees
-    where, targets, slots = [], [], []  # (M,) each: the position in B x T that predicts, what comes, whose loss it is
+    idx, pos, part = (np.zeros((B, T), dtype=np.int64) for _ in range(3))
+    part[:] = 5  # padding, which no token of the others sees
+    where, targets, slots = [], [], []  # (M,) each: which of the B x T outputs predicts, which token, for which ending
     for b, (context, endings) in enumerate(rows):
         n = len(context)
         idx[b, :n], pos[b, :n], part[b, :n] = context, range(n), 0
@@ -226,6 +232,13 @@ def count_right(questions: Questions, losses: np.ndarray) -> tuple[int, int]:
     return int(right.sum()), int(right_norm.sum())
 
 
+def score(model: GPT, questions: Questions, n: int, ranks, autocast) -> float:
+    """acc_norm over the n examples of all ranks, of which `questions` are this rank's share."""
+    with autocast:
+        _, right_norm = count_right(questions, losses(model, questions))
+    return ranks.sum(torch.tensor(right_norm, device=ranks.device)).item() / n
+
+
 def token_budget(device: torch.device) -> int:
     """Tokens of a batch: many for a GPU, few for the caches of a CPU."""
     return 2**16 if device.type == "cuda" else 2**11
@@ -234,8 +247,6 @@ def token_budget(device: torch.device) -> int:
 @command
 def main(argv=None) -> int:
     config = parse(HellaSwagConfig, argv, __doc__)
-    if config.limit is not None and config.limit < 1:
-        raise UserError(f"--limit is {config.limit}: it must be at least 1")
     device = choose_device(config.device)
     model, tokenizer = load_model(config.model, device)
     examples = load_examples(config.data, config.style)[: config.limit]

@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import platform
 import re
 import statistics
 import sys
@@ -20,11 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from GPT_Modules import GPTConfig
+import torch
+
+from GPT_Modules import GPT, GPTConfig
 from lib.cli import UserError, command, first_line, parse
 from lib.files import whole_file
 from lib.ranks import device_name
-from lib.shards import FINEWEB_EDU
+from lib.shards import FINEWEB_EDU, public_name
 from lib.tokenizer import UNIT
 
 # OpenAI's GPT-2 124M on build-nanogpt's validation shard (loss, nats per token) and on HellaSwag (acc_norm, completion
@@ -80,7 +83,7 @@ class Log:
 
 
 def whole_lines(path: Path) -> list[str]:
-    """The lines of a log, without what a power cut tore or zeroed."""
+    """The whole lines of a log: not those that a power cut left torn or filled with zeros."""
     text = path.read_text(errors="replace") if path.exists() else ""
     return [line for line in text.splitlines(keepends=True) if re.fullmatch(r"\d+ \w+ \S+\n", line)]
 
@@ -92,6 +95,25 @@ def read_log(log_dir) -> dict[str, list[tuple[int, float]]]:
         step, stream, value = line.split()
         streams.setdefault(stream, []).append((int(step), float(value)))
     return streams
+
+
+def describe(config: dict, ranks, model: GPT, data: dict, precision: str, compiled: bool) -> dict:
+    """The facts of a run for run.json, which others may read: of absolute paths the base name alone.
+
+    config: vars of its TrainConfig. data: TokenLoader.identity().
+    """
+    paths = {name: path for name, path in config.items() if isinstance(path, str) and os.path.isabs(path)}
+    return {
+        "config": config | {name: os.path.basename(path) for name, path in paths.items()},
+        "model": vars(model.config),
+        "data": data | {"dataset": public_name(data)},
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "tokens_per_step": config["total_batch_size"],
+        "hardware": ranks.hardware(),
+        "precision": precision,
+        "compiled": compiled,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
 
 
 def write_run(log_dir, facts: dict) -> None:
@@ -127,10 +149,10 @@ def peak_flops(device_name: str) -> float | None:
 class Speed:
     """Tokens per second, MFU, and the time that is left, from how long steps take."""
 
-    def __init__(self, model: GPTConfig, train, ranks, bf16: bool):
+    def __init__(self, model: GPTConfig, train, ranks, precision: str):
         """train: the TrainConfig of the run. ranks: its Ranks."""
         self.tokens_per_step, self.recent = train.total_batch_size, collections.deque(maxlen=50)
-        peak = peak_flops(device_name(ranks.device)) if ranks.device.type == "cuda" and bf16 else None
+        peak = peak_flops(device_name(ranks.device)) if ranks.device.type == "cuda" and precision != "float32" else None
         self.limit = peak * ranks.world_size / flops_per_token(model, train.seq_len) if peak else None  # tokens/s
 
     def measure(self, seconds: float) -> dict[str, float]:
@@ -166,15 +188,12 @@ def plot(log_dir) -> Path | None:
     log, run = {name: points for name, points in finite.items() if points}, read_run(log_dir)
     if not log.keys() & {"train", "val"}:
         return None
-    tokens_per_step = run.get("tokens_per_step", 0)
-    # OpenAI's loss is comparable on the same validation tokens only
-    comparable = (
-        run.get("data", {}).get("dataset") == FINEWEB_EDU and run["data"]["tokenizer"] == "gpt2"
-    )
-    with_hella = "hella" in log
-    figure = Figure(figsize=(12 if with_hella else 8, 4.5), layout="constrained")
+    data, tokens_per_step = run.get("data", {}), run.get("tokens_per_step", 0)
+    tokenizer = data.get("tokenizer", "gpt2")
+    comparable = data.get("dataset") == FINEWEB_EDU and tokenizer == "gpt2"  # to losses of the same validation tokens
+    figure = Figure(figsize=(12 if "hella" in log else 8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2 if with_hella else 1, squeeze=False)[0]
+    axes = figure.subplots(1, 2 if "hella" in log else 1, squeeze=False)[0]
 
     if "train" in log:
         steps, losses = zip(*log["train"], strict=True)
@@ -185,26 +204,21 @@ def plot(log_dir) -> Path | None:
         axes[0].plot(steps, losses, "o-", color="tab:orange", markersize=4, label=f"validation ({losses[-1]:.4f})")
         low, high = min(losses), losses[0]
         axes[0].set_ylim(min(low, GPT2_VAL_LOSS if comparable else low) - 0.3, max(min(high, low + 3), low + 0.5))
-    if comparable:
-        axes[0].axhline(GPT2_VAL_LOSS, color="tab:red", linestyle="--", label=f"OpenAI GPT-2 124M ({GPT2_VAL_LOSS})")
-    axes[0].set(
-        xlabel="step",
-        ylabel=f"loss (nats per {UNIT[run.get('data', {}).get('tokenizer', 'gpt2')]})",
-    )
-    if with_hella:
+    axes[0].set(xlabel="step", ylabel=f"loss (nats per {UNIT[tokenizer]})")
+    if "hella" in log:
         steps, scores = zip(*log["hella"], strict=True)
         axes[1].plot(steps, scores, "o-", color="tab:blue", markersize=4, label=f"this model ({scores[-1]:.4f})")
-        if comparable:
-            axes[1].axhline(
-                GPT2_HELLASWAG, color="tab:red", linestyle="--", label=f"OpenAI GPT-2 124M ({GPT2_HELLASWAG})"
-            )
-            axes[1].axhline(
-                GPT3_HELLASWAG, color="tab:green", linestyle="--", label=f"OpenAI GPT-3 124M ({GPT3_HELLASWAG})"
-            )
         axes[1].set(xlabel="step", ylabel="HellaSwag acc_norm")
-    last = max(points[-1][0] for points in log.values())
+    if comparable:
+        for axis, value, color, name in [
+            (axes[0], GPT2_VAL_LOSS, "tab:red", "GPT-2"),
+            (axes[-1], GPT2_HELLASWAG, "tab:red", "GPT-2"),
+            (axes[-1], GPT3_HELLASWAG, "tab:green", "GPT-3"),
+        ][: 3 if "hella" in log else 1]:
+            axis.axhline(value, color=color, linestyle="--", label=f"OpenAI {name} 124M ({value})")
+    last = max(1, *(points[-1][0] for points in log.values()))
     for axis in axes:
-        axis.set_xlim(-0.02 * max(1, last), 1.02 * max(1, last))
+        axis.set_xlim(-0.02 * last, 1.02 * last)
         axis.grid(alpha=0.3)
         axis.legend(framealpha=0.9, edgecolor="none")
         if tokens_per_step:
@@ -212,10 +226,8 @@ def plot(log_dir) -> Path | None:
             top.set_xlabel("tokens")
             top.xaxis.set_major_formatter(EngFormatter(sep=""))
     if run:
-        figure.suptitle(
-            f"{Path(log_dir).resolve().parent.name}/{Path(log_dir).resolve().name}: "
-            f"{run['parameters'] / 1e6:,.1f}M parameters, {run['hardware']}"
-        )
+        *_, parent, name = "", *Path(log_dir).resolve().parts
+        figure.suptitle(f"{parent}/{name}: {run['parameters'] / 1e6:,.1f}M parameters, {run['hardware']}")
     path = Path(log_dir) / "curve.png"
     with whole_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
@@ -223,7 +235,7 @@ def plot(log_dir) -> Path | None:
 
 
 def smooth(values) -> list[float]:
-    """Moving average over a fiftieth of the run, free of the bias of a first value."""
+    """Debiased exponential moving average with a window of 1/50 of the values."""
     width, total, weight, out = max(1, len(values) // 50), 0.0, 0.0, []
     for value in values:
         total, weight = total * (1 - 1 / width) + value, weight * (1 - 1 / width) + 1

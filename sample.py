@@ -1,4 +1,4 @@
-"""The model's voice: a prompt in, text out.
+"""Sampling: a prompt in, text out.
 
 python sample.py "Hello, I'm a language model," --model log/model_checkpoint.pt
 python sample.py --model gpt2 --prompt_file prompt.txt --num_samples 1 --temperature 0.8
@@ -16,9 +16,9 @@ import torch
 
 from GPT_Modules import GPT
 from lib.checkpoint import load_model
-from lib.cli import UserError, command, parse
+from lib.cli import PositiveInt, UserError, command, parse
 from lib.ranks import choose_device
-from lib.tokenizer import get_tokenizer
+from lib.tokenizer import PROMPT, get_tokenizer
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class SampleConfig:
     model: str = "log/model_checkpoint.pt"  # a checkpoint, an exported folder, or gpt2, gpt2-medium ... from the Hub
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
     # the text
-    num_samples: int = 4  # texts to write
-    max_new_tokens: int = 64  # length of a text in tokens, unless the document ends before
+    num_samples: PositiveInt = 4  # texts to write
+    max_new_tokens: PositiveInt = 64  # length of a text in tokens, unless the document ends before
     temperature: float = 1.0  # below 1 more predictable, 0 always the likeliest token
     top_k: int = 50  # choose among the so many likeliest tokens; 0: among all
     seed: int = 42  # the same seed gives the same text
@@ -53,12 +53,20 @@ def stream_text(
     yield decoder.decode(b"", final=True)
 
 
+def show_samples(model: GPT, encoding: tiktoken.Encoding, autocast) -> str:
+    """Two texts of a model in training, ready to print."""
+    prompt, length, texts = PROMPT[encoding.name], 64 if encoding.name == "gpt2" else 256, []
+    for seed in (42, 43):
+        with autocast:
+            text = prompt + "".join(stream_text(model, encoding, prompt, length, temperature=0.8, seed=seed))
+        text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)  # no control codes
+        texts.append("  sample\n  > " + text.replace("\n", "\n  > "))
+    return "\n".join(texts)
+
+
 @command
 def main(argv=None) -> int:
     config = parse(SampleConfig, argv, __doc__, positional="prompt")
-    for name, least in {"num_samples": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0}.items():
-        if not least <= getattr(config, name) < 2**63:
-            raise UserError(f"--{name} is {getattr(config, name)}: it must be at least {least}, and below 2^63")
     if config.prompt_file and config.prompt:
         raise UserError("give a prompt or --prompt_file, not both")
     try:

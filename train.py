@@ -15,8 +15,6 @@ Shapes: B sequences in a micro-batch (batch_size), T tokens in a sequence (seq_l
 import contextlib
 import dataclasses
 import math
-import os
-import platform
 import signal
 import time
 from dataclasses import dataclass
@@ -33,9 +31,9 @@ from lib.checkpoint import SaveError, load_model, newest_checkpoint, point_newes
 from lib.cli import PositiveFloat, PositiveInt, UserError, command, count, leave, parse
 from lib.files import only_writer
 from lib.ranks import Ranks, Signals
-from lib.shards import DATA_DIR, DEMO_DATA_DIR, TokenLoader, public_name
-from lib.tokenizer import PROMPT, get_tokenizer
-from sample import stream_text
+from lib.shards import DATA_DIR, DEMO_DATA_DIR, TokenLoader
+from lib.tokenizer import get_tokenizer
+from sample import show_samples
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,11 @@ class TrainConfig:
     # the schedule
     max_steps: PositiveInt = 19_073  # updates: 10 billion tokens in steps of 2^19
     warmup_steps: int = 715  # updates of linear warm-up: 375 million tokens, as GPT-3's
+    schedule: Literal["cosine", "linear"] = "cosine"  # from max_lr to min_lr: all the way, or in the last decay_steps
+    decay_steps: PositiveInt | None = None  # of the linear schedule: updates of its decay (default: half of max_steps)
     max_lr: PositiveFloat = 6e-4  # learning rate after the warm-up: GPT-3 124M's
-    min_lr: float = 6e-5  # learning rate at the end of the cosine
+    min_lr: float = 6e-5  # learning rate at the end
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks; the rest takes AdamW
     weight_decay: float = 0.1  # AdamW's, on matrices only
     grad_clip: PositiveFloat = 1.0  # largest norm of the gradient
     # looking and keeping
@@ -106,11 +107,17 @@ NEXT = """next: python sample.py --model {model}
 
 
 def get_lr(step: int, config: TrainConfig) -> float:
-    """Learning rate of the update after `step` updates: linear warm-up to max_lr, cosine to min_lr at max_steps."""
+    """Learning rate of the update after `step` updates: linear warm-up to max_lr, then down to min_lr at max_steps, by
+    a cosine; or constant, and down by a line in the last decay_steps."""
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.min_lr + 0.5 * (1 + math.cos(math.pi * min(1, progress))) * (config.max_lr - config.min_lr)
+    if config.schedule == "linear":
+        decay_steps = config.decay_steps or max(1, config.max_steps // 2)
+        share = min(1, max(0, (config.max_steps - step) / decay_steps))  # of the way from min_lr to max_lr
+    else:
+        progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+        share = 0.5 * (1 + math.cos(math.pi * min(1, progress)))
+    return config.min_lr + share * (config.max_lr - config.min_lr)
 
 
 def due(step: int, every: int, max_steps: int) -> bool:
@@ -207,29 +214,6 @@ def check_same_run(config: TrainConfig, data: dict, checkpoint: dict, path) -> N
         )
 
 
-def use_bfloat16(dtype: str, device: torch.device) -> bool:
-    if dtype == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return dtype == "bfloat16"
-
-
-def describe(config: TrainConfig, ranks: Ranks, raw_model: GPT, data: Data, precision: str, compiled: bool) -> dict:
-    """The facts of a run for run.json, which others may read: of absolute paths the base name alone."""
-    paths = {name: value for name, value in vars(config).items() if isinstance(value, str) and os.path.isabs(value)}
-    identity = data.train.identity()
-    return {
-        "config": vars(config) | {name: os.path.basename(path) for name, path in paths.items()},
-        "model": vars(raw_model.config),
-        "data": identity | {"dataset": public_name(identity)},
-        "parameters": sum(parameter.numel() for parameter in raw_model.parameters()),
-        "tokens_per_step": config.total_batch_size,
-        "hardware": ranks.hardware(),
-        "precision": precision,
-        "compiled": compiled,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
-
-
 def announce(config: TrainConfig, ranks: Ranks, data: Data, facts: dict, source) -> None:
     """Say what the run is, and how much, before it costs anything."""
     model, loader = GPTConfig(**facts["model"]), data.train
@@ -271,24 +255,6 @@ def validation_loss(model, data: Data, ranks: Ranks, autocast) -> float:
                 _, loss = model(x.to(ranks.device, non_blocking=True), y.to(ranks.device, non_blocking=True))
             total += loss / (data.val_steps * data.val.micro_steps * ranks.world_size)
     return ranks.sum(total).item()
-
-
-def hellaswag_score(raw_model: GPT, questions: hellaswag.Questions, n: int, ranks: Ranks, autocast) -> float:
-    """acc_norm over n examples, of which `questions` are this rank's share."""
-    with autocast:
-        _, right_norm = hellaswag.count_right(questions, hellaswag.losses(raw_model, questions))
-    return ranks.sum(torch.tensor(right_norm, device=ranks.device)).item() / n
-
-
-def samples(raw_model: GPT, encoding: tiktoken.Encoding, autocast) -> str:
-    """Two texts of the model as it is now, at a temperature that keeps the worst slips out."""
-    prompt, length, texts = PROMPT[encoding.name], 64 if encoding.name == "gpt2" else 256, []
-    for seed in (42, 43):
-        with autocast:
-            text = prompt + "".join(stream_text(raw_model, encoding, prompt, length, temperature=0.8, seed=seed))
-        text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)  # no control codes
-        texts.append("  sample\n  > " + text.replace("\n", "\n  > "))
-    return "\n".join(texts)
 
 
 def draw_curve(config: TrainConfig, ranks: Ranks) -> None:
@@ -343,12 +309,12 @@ def train(config: TrainConfig, ranks: Ranks, signals: Signals, data: Data) -> in
     ranks.connect(config.timeout)
     raw_model.to(ranks.device).train()
     ranks.check_same(raw_model, first_step)
-    optimizer = raw_model.configure_optimizers(config.weight_decay, config.max_lr)
+    optimizer = raw_model.configure_optimizers(config.weight_decay, config.max_lr, config.optimizer == "muon")
     if checkpoint["optimizer"]:
         optimizer.load_state_dict(checkpoint["optimizer"])
     del checkpoint  # gigabytes
-    bf16 = use_bfloat16(config.dtype, ranks.device)
-    autocast = torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=bf16)
+    precision = ranks.precision(config.dtype)
+    autocast = torch.autocast(ranks.device.type, getattr(torch, precision), enabled=precision != "float32")
     compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
     model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
     if ranks.world_size > 1:
@@ -356,7 +322,7 @@ def train(config: TrainConfig, ranks: Ranks, signals: Signals, data: Data) -> in
         model = DistributedDataParallel(model, device_ids=gpu, gradient_as_bucket_view=True)
 
     # ---- log
-    facts = describe(config, ranks, raw_model, data, "bfloat16" if bf16 else "float32", compiled)
+    facts = metrics.describe(vars(config), ranks, raw_model, data.train.identity(), precision, compiled)
     announce(config, ranks, data, facts, path or config.init_from)
     for reason in damaged:
         ranks.say(f"WARNING: {reason}: passed over")
@@ -365,7 +331,7 @@ def train(config: TrainConfig, ranks: Ranks, signals: Signals, data: Data) -> in
     if old_max_steps != config.max_steps:
         ranks.say(f"max_steps was {old_max_steps}: from here the cosine ends at {config.max_steps}")
     log = metrics.Log(config.log_dir if ranks.main else None, first_step)
-    speed = metrics.Speed(raw_model.config, config, ranks, bf16)
+    speed = metrics.Speed(raw_model.config, config, ranks, precision)
     if ranks.main:
         metrics.write_run(config.log_dir, facts)
         if damaged:
@@ -388,11 +354,11 @@ def train(config: TrainConfig, ranks: Ranks, signals: Signals, data: Data) -> in
             ranks.say(f"step {step:5d} | validation loss {val_loss:.4f} on {val_tokens:,} tokens")
         if scoring:
             n = len(data.examples)
-            score = hellaswag_score(raw_model, questions, n, ranks, autocast)
+            score = hellaswag.score(raw_model, questions, n, ranks, autocast)
             log.write(step, hella=score)
             ranks.say(f"step {step:5d} | HellaSwag acc_norm {score:.4f} (style completion, {n:,} examples)")
         if sampling and ranks.main:
-            ranks.say(samples(raw_model, data.encoding, autocast))
+            ranks.say(show_samples(raw_model, data.encoding, autocast))
         if validating or scoring or sampling:
             log.write(step, eval_s=time.time() - start)
         if validating:
@@ -408,7 +374,7 @@ def train(config: TrainConfig, ranks: Ranks, signals: Signals, data: Data) -> in
 
         start, lr = time.time(), get_lr(step, config)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
         loss_sum = torch.zeros((), device=ranks.device)
         for micro_step, (x, y) in enumerate(data.train.batches(step)):
             x, y = x.to(ranks.device, non_blocking=True), y.to(ranks.device, non_blocking=True)  # (B, T)

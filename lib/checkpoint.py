@@ -1,4 +1,4 @@
-"""What a run can come back from: checkpoints that are plain data, whole, verified, and found again.
+"""Checkpoints: the state of a run as plain data, whole and verified or not there at all.
 
     checkpoint = load_checkpoint("log/model_checkpoint.pt")      # a dict, verified
     model, tokenizer = load_model("log/model_checkpoint.pt")     # or an exported folder, or gpt2 from the Hub

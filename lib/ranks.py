@@ -41,6 +41,13 @@ class Ranks:
         self.main = self.rank == 0
         self.device = choose_device(device, self.local_rank)
 
+    def precision(self, dtype: str) -> str:
+        """What --dtype means on this device: auto is bfloat16 on GPUs that have it, else float32."""
+        if dtype != "auto":
+            return dtype
+        there = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if there else "float32"
+
     def connect(self, timeout: int) -> None:
         """Start the process group. Input errors come before this: no rank waits here for one that has left."""
         if self.device.type == "cuda":

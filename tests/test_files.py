@@ -30,9 +30,12 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-HOLD = (
-    "import sys; sys.path.insert(0, {root!r})\nfrom lib.files import only_writer\nwith only_writer({directory!r}): {what}"
-)
+HOLD = """
+import sys
+sys.path.insert(0, {root!r})
+from lib.files import only_writer
+with only_writer({directory!r}): {what}
+"""
 
 
 def test_one_writer_and_none_after_its_death(tmp_path):
