@@ -13,7 +13,7 @@ import metrics
 import sample
 import train
 from lib import cli
-from lib.cli import UserError, command, parse
+from lib.cli import PositiveFloat, PositiveInt, UserError, command, parse
 
 CONFIGS = {
     "train.py": train.TrainConfig, "data_generator.py": data_generator.DataConfig, "sample.py": sample.SampleConfig,
@@ -67,6 +67,37 @@ def test_presets_are_defaults():
 def test_what_does_not_fit_is_a_user_error(words, message):
     with pytest.raises(UserError, match=message):
         parse(Config, words, "")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    steps: PositiveInt = 1  # a count
+    rate: PositiveFloat | None = None  # a rate
+    every: int = 0  # a number of steps, 0 for never
+    share: float = 0.0  # a share
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--steps=0", "--steps is 0: it must be at least 1"),
+        ("--rate=0", "--rate is 0.0: it must be a number above 0"),
+        ("--rate=nan", "--rate is nan: it must be a number above 0"),
+        ("--every=-1", "--every is -1: it must be at least 0"),
+        ("--share=-0.1", "--share is -0.1: it must be a number of at least 0"),
+        ("--share=inf", "--share is inf: it must be below 2"),
+        ("--every=9223372036854775808", "it must be below 2"),
+    ],
+)
+def test_a_bound_stands_beside_its_field(words, message):
+    assert parse(Bounds, ["--steps=1", "--every=0"], "") == Bounds()
+    with pytest.raises(UserError, match=message):
+        parse(Bounds, [words], "")
+
+
+def test_counts_agree_with_their_nouns():
+    assert [cli.count(n, "document") for n in (0, 1, 2000)] == ["0 documents", "1 document", "2,000 documents"]
+    assert cli.count(2, "micro-batch") == "2 micro-batches" and cli.count(1, "micro-batch") == "1 micro-batch"
 
 
 def test_help_is_read_from_the_comments(capsys):

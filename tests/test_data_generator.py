@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -470,6 +471,60 @@ with only_writer({str(uninterrupted / 'data')!r}):
     assert "it was complete already" in capsys.readouterr().out
 
 
+def test_the_directory_of_an_older_version_goes_on(tmp_path, monkeypatch):
+    """tests/before/data is five of its shards; the version before lib/ was killed after them."""
+    documents = [f"document {n}: " + "word " * (n % 7) for n in range(600)]
+    shutil.copytree(ROOT / "tests" / "before" / "data", tmp_path / "data")
+    write_jsonl(tmp_path / "docs.jsonl", documents)
+    monkeypatch.chdir(tmp_path)
+    before = contents("data")
+    words = "--dataset docs.jsonl --data_dir data --tokenizer bytes --shard_size 2000 --num_proc 1"
+    assert data_generator.main(words.split()) == 0
+    assert_shards("data", plain_shards(documents, "bytes", 2000))
+    assert all(contents("data")[name] == content for name, content in before.items() if name.endswith(".npy"))
+
+
+def test_what_a_killed_run_leaves_lies_in_the_data_directory(uninterrupted, tmp_path):
+    (tmp_path / "system").mkdir()
+    command = [sys.executable, str(ROOT / "data_generator.py"), "--dataset", str(uninterrupted / "docs.jsonl")]
+    command += ["--shard_size=20000", "--tokenizer=bytes", "--num_proc=2", f"--data_dir={tmp_path / 'data'}"]
+    process = subprocess.Popen(command, env=os.environ | {"TMPDIR": str(tmp_path / "system")})
+    end = time.time() + 60
+    while not list((tmp_path / "data").glob("tokens-*.tmp/*")) and time.time() < end:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not list((tmp_path / "system").iterdir())
+    assert list((tmp_path / "data").glob("tokens-*.tmp"))
+    finish_and_compare(uninterrupted, tmp_path / "data")
+
+
+WITHOUT_TORCH = """
+import sys
+import data_generator
+encode = data_generator.encode_documents
+def encode_documents(texts, path):
+    assert "torch" not in sys.modules, "a worker has torch"
+    encode(texts, path)
+data_generator.encode_documents = encode_documents
+if __name__ == "__main__":
+    code = data_generator.main(sys.argv[1:])
+    assert "torch" not in sys.modules, "the generator has torch"
+    sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_the_demo_is_made_without_torch(start_method, tmp_path):
+    (tmp_path / "driver.py").write_text(
+        f"import multiprocessing; multiprocessing.set_start_method({start_method!r}, force=True)" + WITHOUT_TORCH
+    )
+    command = [sys.executable, "driver.py", "--preset=demo", f"--data_dir={tmp_path / 'data'}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_leftovers_are_removed_and_never_read(uninterrupted, tmp_path):
     (tmp_path / "edufineweb_train_000003.npy.tmp").write_bytes(b"torn")
     (tmp_path / "manifest.json.tmp").write_bytes(b"{")
@@ -601,8 +656,6 @@ def test_a_file_that_is_not_utf8(tmp_path, capsys):
 
 
 def test_verify_names_each_bad_file(uninterrupted, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(uninterrupted / "data", tmp_path / "data")
     words = ["--verify", f"--data_dir={tmp_path / 'data'}"]
     assert data_generator.main(words) == 0

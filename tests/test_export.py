@@ -19,7 +19,7 @@ import export
 import sample
 import train
 from GPT_Modules import GPT, GPTConfig
-from lib.checkpoint import load_model
+from lib.checkpoint import load_checkpoint, load_model
 from lib.tokenizer import get_tokenizer
 
 FILES = {
@@ -223,6 +223,36 @@ def test_the_card_of_an_older_checkpoint_does_not_know_the_future(data_dir, tmp_
     card = (tmp_path / "out" / "README.md").read_text()
     at_4 = {stream: float(value) for step, stream, value in log if step == "4"}
     assert f"| validation loss | {at_4['val']:.4f} " in card and f"| HellaSwag | acc_norm {at_4['hella']:.4f} " in card
+
+
+def test_the_card_dates_a_loss_that_is_older_than_its_weights(data_dir, tmp_path):
+    assert train.main(flags(data_dir=data_dir, log_dir=tmp_path / "log", val_every=4, save_every=3)) == 0
+    for step, words in ((6, " nats per byte, at step 4 |"), (8, " nats per byte |")):
+        out = tmp_path / str(step)
+        assert export.main(["--model", str(tmp_path / "log" / f"model_{step:05d}.pt"), "--out", str(out)]) == 0
+        loss = load_checkpoint(tmp_path / "log" / f"model_{step:05d}.pt")["val_loss"]
+        assert f"| validation loss | {loss:.4f}{words}" in (out / "README.md").read_text()
+
+
+def test_the_card_names_no_directory_of_its_owner(trained, tmp_path):
+    (tmp_path / "private" / "log").mkdir(parents=True)
+    state = load_checkpoint(trained / "model_checkpoint.pt")
+    state["data"]["dataset"] = str(tmp_path / "private" / "text.txt")
+    state["train_config"] |= {"init_from": str(tmp_path / "private" / "weights.pt")}
+    path = tmp_path / "private" / "log" / "model_00008.pt"
+    torch.save(state, path)
+    assert export.main(["--model", str(path), "--out", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "private" not in card and "name: text.txt, validation shard" in card and "| data | text.txt: " in card
+
+
+def test_every_file_of_the_folder_follows_the_umask(trained, tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert export.main(["--model", str(trained), "--out", str(tmp_path / "out")]) == 0
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
 
 
 # ---- the upload ----

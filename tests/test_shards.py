@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, write_shards
 
 from lib.cli import UserError
@@ -37,6 +38,14 @@ def test_a_step_depends_on_its_number_alone(tmp_path):
         windows = [(step * per_step + i) % sequences for i in range(per_step)]
         assert np.array_equal(x, [stream[w * T : w * T + T] for w in windows])
         assert np.array_equal(y, [stream[w * T + 1 : w * T + T + 1] for w in windows])
+
+
+def test_memory_is_pinned_only_if_asked(tmp_path, monkeypatch):
+    """--device cpu on a machine with GPUs: pinning would open CUDA."""
+    write_shards(tmp_path, {"train": [100]})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pytest.fail("pinned"))
+    assert next(TokenLoader(tmp_path, "train", 8, 1, 8).batches(0))[0].shape == (1, 8)
 
 
 def test_an_epoch_reads_every_sequence_once(tmp_path):

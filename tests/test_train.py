@@ -17,8 +17,10 @@ import pytest
 import torch
 from conftest import ROOT, comparable_log, flags, script, torchrun, torchrun_command, write_hellaswag, write_shards
 
+import metrics
 import train
 from lib.checkpoint import load_checkpoint
+from lib.ranks import Ranks
 from train import TrainConfig, due, get_lr
 
 
@@ -85,6 +87,25 @@ def test_the_loss_falls_and_the_last_update_is_saved(trained, data_dir):
     assert abs(loss - checkpoint["val_loss"]) < 1e-5
     losses = [float(line.split()[2]) for line in comparable_log(trained) if " val " in line]
     assert losses[-1] == float(f"{checkpoint['val_loss']:.6g}") < losses[0]
+
+
+def test_a_checkpoint_says_when_its_loss_was_measured(data_dir, tmp_path):
+    assert train.main(flags(data_dir=data_dir, log_dir=tmp_path, val_every=4, save_every=3)) == 0
+    losses = dict(metrics.read_log(tmp_path)["val"])
+    for step, val_step in ((6, 4), (8, 8)):
+        checkpoint = load_checkpoint(tmp_path / f"model_{step:05d}.pt")
+        assert checkpoint["val_step"] == val_step and losses[val_step] == float(f"{checkpoint['val_loss']:.6g}")
+
+
+def test_the_facts_of_a_run_name_no_directory_of_its_owner(tmp_path, data_dir):
+    shutil.copytree(data_dir, tmp_path / "private" / "data")
+    manifest = json.loads((tmp_path / "private" / "data" / "manifest.json").read_text())
+    manifest["dataset"] = str(tmp_path / "private" / "text.txt")
+    (tmp_path / "private" / "data" / "manifest.json").write_text(json.dumps(manifest))
+    log_dir = tmp_path / "private" / "log"
+    assert train.main(flags(data_dir=tmp_path / "private" / "data", log_dir=log_dir, max_steps=1)) == 0
+    facts = (log_dir / "run.json").read_text()
+    assert "private" not in facts and '"dataset": "text.txt"' in facts and '"log_dir": "log"' in facts
 
 
 def test_the_readmes_snippet_runs_as_it_stands(trained):
@@ -181,7 +202,7 @@ BAD = {
     "learning rate": (["--max_lr=nan"], "--max_lr is nan"),
     "clip": (["--grad_clip=0"], "--grad_clip is 0.0: it must be a number above 0"),
     "warm-up": (["--warmup_steps=-1"], "--warmup_steps is -1: it must be at least 0"),
-    "validation": (["--val_tokens=64"], "--val_tokens 64 is less than one step"),
+    "validation": (["--val_tokens=64"], "--val_tokens 64 is less than one step.*it must be at least as many"),
     "interval": (["--save_every=-5"], "--save_every is -5"),
     "device": (["--device=cuda"], "--device cuda: this machine has none"),
     "seed": (["--seed=99999999999999999999"], "--seed is 99999999999999999999: it must be below"),
@@ -227,6 +248,18 @@ def test_no_network_for_hellaswag_and_for_the_vocabulary(data_dir, tmp_path):
 
 
 # ---- going on ----
+
+
+def test_the_run_of_an_older_version_goes_on(tmp_path):
+    """Its data, its checkpoint and its log up to the end: tests/before was written by the version before lib/."""
+    shutil.copytree(ROOT / "tests" / "before", tmp_path, dirs_exist_ok=True)
+    then = comparable_log(tmp_path / "log")
+    words = flags(data_dir=tmp_path / "data", log_dir=tmp_path / "log", n_layer=1, n_embd=8, total_batch_size=64,
+                  max_steps=6, val_every=2, val_tokens=128)  # fmt: skip
+    assert train.main(words) == 0
+    now = comparable_log(tmp_path / "log")
+    assert [line for line in now if int(line.split()[0]) < 3] == [line for line in then if int(line.split()[0]) < 3]
+    assert_log_close(now, then)
 
 
 def test_a_finished_run_says_so_and_can_be_extended(data_dir, trained, tmp_path, capsys):
@@ -578,6 +611,18 @@ def test_a_disk_without_any_room_costs_neither_log_nor_run(data_dir, trained, tm
     assert "curve.png'; the curve is not drawn" in done.stdout and "earlier checkpoints are intact" in done.stdout
     assert comparable_log(tmp_path) == comparable_log(trained)
     assert_same_weights(tmp_path, trained)
+
+
+def test_an_older_checkpoint_that_stays_costs_a_warning(data_dir, trained, tmp_path, capsys):
+    """A directory under a checkpoint's name can't be opened, so it can't be removed: the new checkpoint is good."""
+    state = load_checkpoint(trained / "model_checkpoint.pt")
+    (tmp_path / "model_00001.pt").mkdir()
+    (tmp_path / "model_00002.pt").write_bytes(b"")
+    config = train.parse(TrainConfig, flags(data_dir=data_dir, log_dir=tmp_path), "", train.PRESETS)
+    assert train.save(config, Ranks("cpu"), metrics.Log(tmp_path, 0), state) is True
+    printed = capsys.readouterr().out
+    assert "WARNING: an older checkpoint could not be removed: " in printed and "model_00001.pt" in printed
+    assert "saved " in printed and load_checkpoint(tmp_path / "model_checkpoint.pt")["step"] == 8
 
 
 def test_a_full_disk_at_the_last_save_is_a_failed_run(data_dir, tmp_path):

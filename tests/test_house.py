@@ -1,0 +1,61 @@
+"""The rooms: which files there are, and which of them may import which."""
+
+import ast
+import re
+
+import pytest
+from conftest import ROOT
+
+COMMANDS = {"train", "data_generator", "hellaswag", "sample", "export", "metrics"}
+MAY_IMPORT = {
+    "GPT_Modules": set(),
+    "lib.cli": set(),
+    "lib.files": {"lib.cli"},
+    "lib.tokenizer": {"lib.cli"},
+    "lib.shards": {"lib.cli", "lib.files", "lib.tokenizer"},
+    "lib.ranks": {"lib.cli"},
+    "lib.checkpoint": {"GPT_Modules", "lib.cli", "lib.files", "lib.tokenizer"},
+    "data_generator": {"lib"},
+    "metrics": {"lib", "GPT_Modules"},
+    "sample": {"lib", "GPT_Modules"},
+    "hellaswag": {"lib", "GPT_Modules"},
+    "export": {"lib", "GPT_Modules", "sample", "metrics"},
+    "train": {"lib", "GPT_Modules", "hellaswag", "sample", "metrics"},
+}
+FILES = {name: ROOT / (name.replace(".", "/") + ".py") for name in MAY_IMPORT}
+
+
+def test_these_files_and_no_others():
+    there = {str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.py"), *(ROOT / "lib").glob("*.py")]}
+    assert there == {str(path.relative_to(ROOT)) for path in FILES.values()} | {"lib/__init__.py"}
+    assert not (ROOT / "lib" / "__init__.py").read_text()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_arrows_go_one_way(name):
+    ours = {other for other in FILES if "." not in other} | {"lib"}
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"lib.{alias.name}" for alias in node.names] if node.module == "lib" else [node.module]
+        for imported in names:
+            if imported.partition(".")[0] in ours:
+                assert {imported, imported.partition(".")[0]} & MAY_IMPORT[name], f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_sizes_of_one_sitting(name):
+    source = FILES[name].read_text()
+    assert len(source.splitlines()) <= 450
+    if name == "train":
+        nodes = list(ast.walk(ast.parse(source)))
+        functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+        assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 130
+        assert not [n.name for f in functions for n in ast.walk(f) if isinstance(n, ast.FunctionDef) and n is not f]
+        assert max(node.col_offset for node in nodes if isinstance(node, ast.stmt)) <= 4 * 4
+
+
+def test_ranks_talk_to_each_other_in_one_file():
+    for name, path in FILES.items():
+        found = re.search(r"\bdist\.|torch\.distributed|all_reduce|all_gather|barrier\(", path.read_text())
+        assert name == "lib.ranks" or not found, (name, found)
