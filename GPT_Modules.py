@@ -12,6 +12,7 @@ The names of the weights are those of OpenAI's GPT-2. Read from the bottom of a 
 exchange information, the MLP digests it for each token alone, and both add to a residual stream of C channels.
 """
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.recompute = False  # compute each block's activations again in the backward pass, instead of keeping them
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -123,8 +127,12 @@ class GPT(nn.Module):
                 raise ValueError(f"{end} tokens do not fit into block_size {self.config.block_size}")
             pos = torch.arange(start, end, device=idx.device)  # (T,)
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
-        for layer, block in enumerate(self.transformer.h):
-            x = block(x, mask, cache[layer] if cache else None)
+        with sdpa_kernel(CHANGING_SHAPES) if mask is not None or cache else contextlib.nullcontext():
+            for layer, block in enumerate(self.transformer.h):
+                if self.recompute and torch.is_grad_enabled():
+                    x = checkpoint(block, x, mask, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    x = block(x, mask, cache[layer] if cache else None)
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
@@ -352,8 +360,10 @@ class Muon(torch.optim.AdamW):
     def step_matrices(self, parameters, group):
         rows, C = parameters[0].shape
         for p in parameters:
-            self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)).lerp_(p.grad, 1 - self.momentum)
-        updates = torch.stack([p.grad.lerp(self.state[p]["momentum_buffer"], self.momentum) for p in parameters])
+            if not self.state[p]:  # with the "step" that AdamW looks for when it loads a state
+                self.state[p].update(step=torch.zeros((), device=p.device), momentum=torch.zeros_like(p))
+            self.state[p]["momentum"].lerp_(p.grad, 1 - self.momentum)
+        updates = torch.stack([p.grad.lerp(self.state[p]["momentum"], self.momentum) for p in parameters])
         if rows == 3 * C:
             updates = updates.view(-1, C, C)
         updates = orthogonalize(updates) * (0.2 * math.sqrt(max(updates.shape[1:])))
@@ -371,6 +381,9 @@ def orthogonalize(matrices):
         X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
     return (X.mT if matrices.size(1) > matrices.size(2) else X).to(matrices.dtype)
 
+
+# Attention for shapes that change with every call: not cuDNN's, torch's choice on Hopper, which plans each shape anew.
+CHANGING_SHAPES = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # OpenAI kept these weights as (inputs, outputs); nn.Linear wants (outputs, inputs).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")

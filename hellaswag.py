@@ -10,6 +10,7 @@ weights get different numbers (GPT-2 124M: acc_norm 0.2955 and 0.3114), so every
 Shapes: B rows in a batch, T tokens in a row, M predicted tokens in a batch, C channels, V vocabulary.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -205,11 +206,14 @@ def collate(rows) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def losses(model: GPT, questions: Questions, progress: bool = False) -> np.ndarray:
-    """Summed loss of each ending in nats, (n, 4). The head is computed where an ending is predicted, nowhere else."""
+def losses(model: GPT, questions: Questions, batches=None) -> np.ndarray:
+    """Summed loss of each ending in nats, (n, 4). The head is computed where an ending is predicted, nowhere else.
+
+    batches: the questions' own, from something that watches them go by.
+    """
     device = model.lm_head.weight.device
     sums = torch.zeros(4 * len(questions.labels), device=device)
-    for batch in tqdm(questions.batches, desc="hellaswag", unit=" batches", disable=not progress):
+    for batch in batches or questions.batches:
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         part, T = batch["part"], batch["part"].size(1)
         causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
@@ -232,10 +236,14 @@ def count_right(questions: Questions, losses: np.ndarray) -> tuple[int, int]:
     return int(right.sum()), int(right_norm.sum())
 
 
-def score(model: GPT, questions: Questions, n: int, ranks, autocast) -> float:
-    """acc_norm over the n examples of all ranks, of which `questions` are this rank's share."""
-    with autocast:
-        _, right_norm = count_right(questions, losses(model, questions))
+def score(model: GPT, questions: Questions, n: int, ranks, autocast) -> float | None:
+    """acc_norm over the n examples of all ranks, of which `questions` are this rank's share; None if a signal came
+    meanwhile. In float32 on a CPU."""
+    with autocast if ranks.device.type != "cpu" else contextlib.nullcontext():
+        sums = losses(model, questions, ranks.until_stopped(questions.batches))
+    if ranks.stopping():
+        return None
+    _, right_norm = count_right(questions, sums)
     return ranks.sum(torch.tensor(right_norm, device=ranks.device)).item() / n
 
 
@@ -251,7 +259,8 @@ def main(argv=None) -> int:
     model, tokenizer = load_model(config.model, device)
     examples = load_examples(config.data, config.style)[: config.limit]
     questions = prepare(examples, get_tokenizer(tokenizer), config.style, model.config.block_size, token_budget(device))
-    right, right_norm = count_right(questions, losses(model, questions, progress=True))
+    watched = tqdm(questions.batches, "hellaswag", unit=" batches")
+    right, right_norm = count_right(questions, losses(model, questions, watched))
     n = len(examples)
     acc, acc_norm = right / n, right_norm / n
     stderr = math.sqrt(acc_norm * (1 - acc_norm) / max(1, n - 1))

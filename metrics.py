@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 
 from GPT_Modules import GPT, GPTConfig
-from lib.cli import UserError, command, first_line, parse
+from lib.cli import UserError, command, count, first_line, parse
 from lib.files import whole_file
 from lib.ranks import device_name
 from lib.shards import FINEWEB_EDU, public_name
@@ -114,6 +114,21 @@ def describe(config: dict, ranks, model: GPT, data: dict, precision: str, compil
         "compiled": compiled,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
+
+
+def in_words(facts: dict, source, loader) -> str:
+    """The first lines of a run. facts: of `describe`. source: where its first weights are from. loader: its tokens."""
+    config, model = facts["config"], GPTConfig(**facts["model"])
+    epochs = config["max_steps"] * facts["tokens_per_step"] / loader.tokens
+    return (
+        f"model: {facts['parameters']:,} parameters from {source}; {count(model.n_layer, 'layer')}, "
+        f"{count(model.n_head, 'head')}, {count(model.n_embd, 'channel')}, {model.block_size} tokens of context, "
+        f"a vocabulary of {model.vocab_size}\n"
+        f"data: {loader.tokens:,} tokens ({loader.tokenizer}) to learn from in {loader.data_dir}; "
+        f"{count(config['max_steps'], 'step')} of {facts['tokens_per_step']:,} are {epochs:.2f} epochs\n"
+        f"machine: {facts['hardware']}, {facts['precision']}, {'compiled' if facts['compiled'] else 'not compiled'}; a "
+        f"step is {count(loader.micro_steps, 'micro-batch')} of {loader.B} x {loader.T} tokens for each process"
+    )
 
 
 def write_run(log_dir, facts: dict) -> None:

@@ -30,7 +30,7 @@ from GPT_Modules import GPT, GPTConfig
 from lib.checkpoint import SaveError, load_model, newest_checkpoint, point_newest, remove_older, save_checkpoint
 from lib.cli import PositiveFloat, PositiveInt, UserError, command, count, leave, parse
 from lib.files import only_writer
-from lib.ranks import Ranks, Signals
+from lib.ranks import Ranks, explain_out_of_memory
 from lib.shards import DATA_DIR, DEMO_DATA_DIR, TokenLoader
 from lib.tokenizer import get_tokenizer
 from sample import show_samples
@@ -72,12 +72,15 @@ class TrainConfig:
     sample_every: int = 250  # steps between samples; 0 switches off
     save_every: int = 1000  # steps between checkpoints; 0: at the end only
     keep_every: int = 5000  # checkpoints at multiples of it are kept for good; 0: only the last two
+    keep_best: bool = False  # keep the weights with the lowest validation loss as model_best.pt
     # the machine
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # precision; auto is bfloat16 on GPUs that have it
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # precision; auto: the fastest of this hardware
+    recompute: bool = False  # compute activations twice instead of keeping them: less memory, about 4/3 of the time
     compile: bool | None = None  # torch.compile the model (default: on CUDA)
     timeout: PositiveInt = 600  # seconds that ranks wait for each other
-    seed: int = 1337  # of the first weights
+    shuffle: bool = False  # read the sequences in a new order in each epoch (default: as they come)
+    seed: int = 1337  # of the first weights and of --shuffle
 
 
 PRESETS = {
@@ -96,7 +99,8 @@ PRESETS = {
 # What a continued run may change: it leaves tokens and mathematics as they were. max_steps may grow.
 MAY_CHANGE = {
     "preset", "data_dir", "log_dir", "resume", "batch_size", "max_steps", "val_every", "val_tokens", "hellaswag_every",
-    "hellaswag_data", "sample_every", "save_every", "keep_every", "device", "compile", "timeout",
+    "hellaswag_data", "sample_every", "save_every", "keep_every", "keep_best", "device", "compile", "recompute",
+    "timeout",
 }  # fmt: skip
 MODEL_FLAGS = tuple(field.name for field in dataclasses.fields(GPTConfig))
 SKIPS_IN_A_ROW = 10  # updates that may be skipped for NaN or Inf before the run is given up
@@ -154,7 +158,8 @@ def open_data(config: TrainConfig, ranks: Ranks) -> Data:
     """Raises UserError if the shards, the tokenizer or HellaSwag can't be had, before anything is written."""
     shares = config.seq_len, config.batch_size, config.total_batch_size, ranks.rank, ranks.world_size
     pin_memory = ranks.device.type == "cuda"
-    train = TokenLoader(config.data_dir, "train", *shares, pin_memory=pin_memory)
+    shuffle = config.seed if config.shuffle else None
+    train = TokenLoader(config.data_dir, "train", *shares, pin_memory=pin_memory, shuffle=shuffle)
     val = TokenLoader(config.data_dir, "val", *shares, pin_memory=pin_memory) if config.val_every else None
     val_steps = min(config.val_tokens // config.total_batch_size, val.steps) if val else 0
     examples = hellaswag.load_examples(config.hellaswag_data) if config.hellaswag_every else []
@@ -199,9 +204,9 @@ def check_same_run(config: TrainConfig, data: dict, checkpoint: dict, path) -> N
         )
     if "optimizer" not in checkpoint:
         raise UserError(f"{path} has weights only, no run to continue: use --init_from {path} and another --log_dir")
-    now, then, model = vars(config), checkpoint["train_config"], vars(checkpoint["config"])
-    fixed = [name for name in now if name not in {*MAY_CHANGE, *MODEL_FLAGS}]
-    pairs = [(name, then.get(name, now[name]), now[name]) for name in fixed]
+    now, model = vars(config), vars(checkpoint["config"])
+    then = vars(TrainConfig()) | checkpoint["train_config"]  # of a version without a flag, its default
+    pairs = [(name, then[name], now[name]) for name in now if name not in {*MAY_CHANGE, *MODEL_FLAGS}]
     pairs += [(name, model[name], now[name]) for name in MODEL_FLAGS if now[name] is not None]
     pairs += [(f"data ({name})", checkpoint["data"].get(name), value) for name, value in data.items()]
     differences = [f"{name} was {before}, is {value}" for name, before, value in pairs if before != value]
@@ -216,63 +221,69 @@ def check_same_run(config: TrainConfig, data: dict, checkpoint: dict, path) -> N
 
 def announce(config: TrainConfig, ranks: Ranks, data: Data, facts: dict, source) -> None:
     """Say what the run is, and how much, before it costs anything."""
-    model, loader = GPTConfig(**facts["model"]), data.train
-    epochs = config.max_steps * config.total_batch_size / loader.tokens
-    ranks.say(
-        f"model: {facts['parameters']:,} parameters from {source}; {count(model.n_layer, 'layer')}, "
-        f"{count(model.n_head, 'head')}, {count(model.n_embd, 'channel')}, {model.block_size} tokens of context, "
-        f"a vocabulary of {model.vocab_size}"
-    )
-    ranks.say(
-        f"data: {loader.tokens:,} tokens ({loader.tokenizer}) to learn from in {config.data_dir}; "
-        f"{count(config.max_steps, 'step')} of {config.total_batch_size:,} are {epochs:.2f} epochs"
-    )
-    ranks.say(
-        f"machine: {facts['hardware']}, {facts['precision']}, {'compiled' if facts['compiled'] else 'not compiled'}; a "
-        f"step is {count(loader.micro_steps, 'micro-batch')} of {loader.B} x {loader.T} tokens for each process"
-    )
-    if ranks.device.type == "cuda" and facts["precision"] == "float32" and config.dtype == "auto":
-        ranks.say("this GPU has no bfloat16: training in float32, at a fraction of the speed")
-    if not loader.complete:
+    ranks.say(metrics.in_words(facts, source, data.train))
+    if not data.train.complete:
         ranks.say(f"WARNING: {config.data_dir} is not complete: run data_generator.py again for the rest of its tokens")
-    if data.val and data.val_steps * config.total_batch_size != config.val_tokens:
+    if data.val and (tokens := data.val_steps * data.val.step_tokens) != config.val_tokens:
         ranks.say(
-            f"validation uses {data.val_steps * config.total_batch_size:,} tokens: the whole steps in --val_tokens "
-            f"{config.val_tokens:,} and in the {data.val.tokens:,} of the validation shards"
+            f"validation uses {tokens:,} tokens: the whole steps in --val_tokens {config.val_tokens:,} and in the "
+            f"{data.val.tokens:,} of the validation shards"
         )
 
 
 # ---- what the loop calls
 
 
+def evaluate(step: int, config: TrainConfig, ranks: Ranks, data: Data, questions, model, raw_model: GPT, autocast, log):
+    """Validation, HellaSwag and samples, as far as they are due: {stream: value}, logged, or None if a signal came."""
+    every = config.val_every, config.hellaswag_every, config.sample_every
+    validating, scoring, sampling = (due(step, steps, config.max_steps) for steps in every)
+    measured, start, n = {}, time.time(), len(data.examples)
+    if validating:
+        if (loss := validation_loss(model, data, ranks, autocast)) is None:
+            return None
+        measured["val"] = loss
+        ranks.say(f"step {step:5d} | validation loss {loss:.4f} on {data.val_steps * data.val.step_tokens:,} tokens")
+    if scoring:
+        if (score := hellaswag.score(raw_model, questions, n, ranks, autocast)) is None:
+            return None
+        measured["hella"] = score
+        ranks.say(f"step {step:5d} | HellaSwag acc_norm {score:.4f} (style completion, {count(n, 'example')})")
+    if sampling and ranks.main:
+        ranks.say(show_samples(raw_model, data.encoding, autocast))
+    if validating or scoring or sampling:
+        log.write(step, **measured, eval_s=time.time() - start)
+    if validating and ranks.main:
+        try:
+            metrics.plot(config.log_dir)
+        except OSError as error:
+            ranks.say(f"WARNING: {error}; the curve is not drawn")
+    return measured
+
+
 @torch.no_grad()
-def validation_loss(model, data: Data, ranks: Ranks, autocast) -> float:
-    """Mean loss in nats per token over the first val_steps steps of the validation stream, on all ranks together."""
+def validation_loss(model, data: Data, ranks: Ranks, autocast) -> float | None:
+    """Mean loss in nats per token over the first val_steps steps of the validation stream, on all ranks together; None
+    if a signal came meanwhile."""
     total = torch.zeros((), device=ranks.device)
     for step in range(data.val_steps):
         for x, y in data.val.batches(step):
+            if ranks.stopping():
+                return None
             with autocast:
                 _, loss = model(x.to(ranks.device, non_blocking=True), y.to(ranks.device, non_blocking=True))
             total += loss / (data.val_steps * data.val.micro_steps * ranks.world_size)
     return ranks.sum(total).item()
 
 
-def draw_curve(config: TrainConfig, ranks: Ranks) -> None:
-    try:
-        if ranks.main:
-            metrics.plot(config.log_dir)
-    except OSError as error:
-        ranks.say(f"WARNING: {error}; the curve is not drawn")
-
-
-def save(config: TrainConfig, ranks: Ranks, log: metrics.Log, state: dict) -> bool:
+def save(config: TrainConfig, ranks: Ranks, log: metrics.Log, state: dict, best: bool = False) -> bool:
     """Save the state on the main rank. False if the disk did not take it, which costs this save and not the run."""
     if not ranks.main:
         return True
     start, step = time.time(), state["step"]
     try:
         log.sync()
-        path = save_checkpoint(config.log_dir, state)
+        path = save_checkpoint(config.log_dir, state, best)
     except (SaveError, OSError) as error:
         ranks.say(f"WARNING: saving step {step} in {config.log_dir}: {error}; earlier checkpoints are intact")
         return False
@@ -288,86 +299,94 @@ def save(config: TrainConfig, ranks: Ranks, log: metrics.Log, state: dict) -> bo
 # ---- the run
 
 
-def train(config: TrainConfig, ranks: Ranks, signals: Signals, data: Data) -> int:
+def state_to_go_on_from(config: TrainConfig, ranks: Ranks, data: Data) -> tuple[GPT, dict]:
+    """(model on the CPU, the rest of the state) of the newest good checkpoint, or of a run before its first update."""
+    state, path, damaged = newest_checkpoint(config.log_dir)
+    precision = ranks.precision(config.dtype)
+    if state is None:
+        state = {"step": 0, "val_loss": None, "train_config": vars(config), "precision": precision}
+        return first_model(config, data.train), state | {"source": config.init_from}
+    state.setdefault("precision", precision if ranks.device.type == "cuda" else "float32")  # of an older version
+    check_same_run(config, data.train.identity(), state, path)
+    for reason in damaged:
+        ranks.say(f"WARNING: {reason}: passed over")
+    if damaged and ranks.main:
+        point_newest(path)
+    ranks.say(f"going on from {path}, after {count(state['step'], 'step')}")
+    if state["precision"] != precision:
+        ranks.say(f"the run began in {state['precision']} and goes on in it; a new one would take {precision} here")
+    if (before := state["train_config"]["max_steps"]) != config.max_steps:
+        end = "cosine" if config.schedule == "cosine" else "decay"
+        ranks.say(f"max_steps was {before}: from here the {end} ends at {config.max_steps}")
+    model = GPT(state["config"])
+    model.load_state_dict(state.pop("model"))
+    return model, state | {"source": path}
+
+
+def learning_model(raw_model: GPT, ranks: Ranks, compiled: bool):
+    """The same weights as they learn: compiled for one shape, gradients averaged over the ranks."""
+    model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
+    if ranks.world_size > 1:
+        gpu = [ranks.local_rank] if ranks.device.type == "cuda" else None
+        model = DistributedDataParallel(model, device_ids=gpu, gradient_as_bucket_view=True)
+    return model
+
+
+def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
     """Start the run, or go on from its newest checkpoint, to max_steps or until a signal. Returns the exit code."""
-    # ---- the state to go on from: the newest checkpoint's, or that before the first update
-    checkpoint, path, damaged = newest_checkpoint(config.log_dir)
-    if checkpoint:
-        check_same_run(config, data.train.identity(), checkpoint, path)
-        raw_model = GPT(checkpoint["config"])
-        raw_model.load_state_dict(checkpoint["model"])
-    else:
-        raw_model = first_model(config, data.train)
-        checkpoint = {"step": 0, "val_loss": None, "optimizer": None, "train_config": vars(config)}
-    first_step, val_loss = checkpoint["step"], checkpoint["val_loss"]
-    val_step = checkpoint.get("val_step")
-    old_max_steps = checkpoint["train_config"]["max_steps"]
+    raw_model, state = state_to_go_on_from(config, ranks, data)
+    first_step, precision = state["step"], state["precision"]
+    val_loss, val_step, best_loss = state["val_loss"], state.get("val_step"), state.get("best_loss", math.inf)
     mine, budget = data.examples[ranks.rank :: ranks.world_size], hellaswag.token_budget(ranks.device)
     questions = hellaswag.prepare(mine, data.encoding, "completion", raw_model.config.block_size, budget)
 
     # ---- model and optimizer
     ranks.connect(config.timeout)
     raw_model.to(ranks.device).train()
+    raw_model.recompute = config.recompute
     ranks.check_same(raw_model, first_step)
     optimizer = raw_model.configure_optimizers(config.weight_decay, config.max_lr, config.optimizer == "muon")
-    if checkpoint["optimizer"]:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    del checkpoint  # gigabytes
-    precision = ranks.precision(config.dtype)
+    # float16 holds 6e-8 to 65504: the loss is scaled up, so that small gradients are not 0, until large ones are inf
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision == "float16")
+    if first_step:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state.get("scaler", {}))
     autocast = torch.autocast(ranks.device.type, getattr(torch, precision), enabled=precision != "float32")
     compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
-    model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
-    if ranks.world_size > 1:
-        gpu = [ranks.local_rank] if ranks.device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=gpu, gradient_as_bucket_view=True)
+    model = learning_model(raw_model, ranks, compiled)
 
     # ---- log
     facts = metrics.describe(vars(config), ranks, raw_model, data.train.identity(), precision, compiled)
-    announce(config, ranks, data, facts, path or config.init_from)
-    for reason in damaged:
-        ranks.say(f"WARNING: {reason}: passed over")
-    if path:
-        ranks.say(f"going on from {path}, after {first_step:,} steps")
-    if old_max_steps != config.max_steps:
-        ranks.say(f"max_steps was {old_max_steps}: from here the cosine ends at {config.max_steps}")
+    announce(config, ranks, data, facts, state["source"])
+    del state  # gigabytes
     log = metrics.Log(config.log_dir if ranks.main else None, first_step)
     speed = metrics.Speed(raw_model.config, config, ranks, precision)
     if ranks.main:
         metrics.write_run(config.log_dir, facts)
-        if damaged:
-            point_newest(path)
-    signals.listen()
+    ranks.signals.listen()
+    constant = {"config": raw_model.config, "train_config": vars(config), "precision": precision}
+    constant |= {"tokenizer": data.train.tokenizer, "data": data.train.identity()}
 
     # ---- the loop. step counts the updates made: after the last one it turns once more, to evaluate and save
     stop, skips, saved, printed = False, 0, True, 0.0
     for step in range(first_step, config.max_steps + 1):
+        if not stop:
+            measured = evaluate(step, config, ranks, data, questions, model, raw_model, autocast, log)
+            stop = measured is None
+        best = False
+        if not stop and "val" in measured:
+            val_loss, val_step = measured["val"], step
+            best, best_loss = config.keep_best and val_loss < best_loss, min(val_loss, best_loss)
         last = step == config.max_steps or stop
-        validating, scoring, sampling = (
-            not stop and due(step, every, config.max_steps)
-            for every in (config.val_every, config.hellaswag_every, config.sample_every)
-        )
-        start = time.time()
-        if validating:
-            val_loss, val_step = validation_loss(model, data, ranks, autocast), step
-            log.write(step, val=val_loss)
-            val_tokens = data.val_steps * config.total_batch_size
-            ranks.say(f"step {step:5d} | validation loss {val_loss:.4f} on {val_tokens:,} tokens")
-        if scoring:
-            n = len(data.examples)
-            score = hellaswag.score(raw_model, questions, n, ranks, autocast)
-            log.write(step, hella=score)
-            ranks.say(f"step {step:5d} | HellaSwag acc_norm {score:.4f} (style completion, {n:,} examples)")
-        if sampling and ranks.main:
-            ranks.say(show_samples(raw_model, data.encoding, autocast))
-        if validating or scoring or sampling:
-            log.write(step, eval_s=time.time() - start)
-        if validating:
-            draw_curve(config, ranks)
-        if (last or due(step, config.save_every, config.max_steps)) and step > first_step:
+        saving = (last or due(step, config.save_every, config.max_steps)) and step > first_step
+        if saving or best:
             ranks.check_same(raw_model, step)
-            state = {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict(), "config": raw_model.config}
-            state |= {"step": step, "val_loss": val_loss, "val_step": val_step, "train_config": vars(config)}
-            state |= {"tokenizer": data.train.tokenizer, "data": data.train.identity()}
+            state = constant | {"step": step, "val_loss": val_loss, "val_step": val_step, "best_loss": best_loss}
+            state |= {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"scaler": scaler.state_dict()}
+        if best:
+            save(config, ranks, log, state, best)
+        if saving:
             saved = save(config, ranks, log, state)
         if last:
             break
@@ -382,18 +401,20 @@ def train(config: TrainConfig, ranks: Ranks, signals: Signals, data: Data) -> in
             model.require_backward_grad_sync = micro_step == data.train.micro_steps - 1
             with autocast:
                 _, loss = model(x, y)
-            (loss / data.train.micro_steps).backward()
+            scaler.scale(loss / data.train.micro_steps).backward()
             loss_sum += loss.detach() / (data.train.micro_steps * ranks.world_size)
+        scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip)
-        stop = ranks.max(signals.pending())  # all ranks stop after the same step, whichever of them had the signal
+        stop = ranks.stopping()  # all ranks stop after the same step, whichever of them had the signal
         loss, norm, stop = torch.stack((ranks.sum(loss_sum), norm, stop)).tolist()  # the step's one wait for the GPU
         if math.isfinite(loss) and math.isfinite(norm):  # the same on every rank: both are over all of them
             optimizer.step()
             skips = 0
-        else:
-            skips += 1
+        else:  # in float16 that is usual while the loss scale is too high, and says something below 1 only
+            skips += not scaler.is_enabled() or scaler.get_scale() <= 1
             log.write(step, skipped=1)
             ranks.say(f"step {step:5d} | loss {loss} norm {norm}: not finite, the update is skipped")
+        scaler.update()
         optimizer.zero_grad()
         if skips == SKIPS_IN_A_ROW:
             raise UserError(NOT_FINITE.format(skips=skips, step=step, log_dir=config.log_dir), code=1)
@@ -408,9 +429,10 @@ def train(config: TrainConfig, ranks: Ranks, signals: Signals, data: Data) -> in
             f"the last checkpoint could not be saved in {config.log_dir}: make room and run the same command", code=1
         )
     if stop:
-        name = signal.Signals(int(stop)).name
+        number = int(ranks.stopping())
+        name = signal.Signals(number).name
         ranks.say(f"stopped by {name} after {count(step, 'step')}, saved; the same command goes on from here")
-        return 128 + int(stop)
+        return 128 + number
     if first_step == config.max_steps:
         ranks.say(f"finished at step {step}: raise --max_steps or choose another --log_dir")
     else:
@@ -419,31 +441,14 @@ def train(config: TrainConfig, ranks: Ranks, signals: Signals, data: Data) -> in
     return 0
 
 
-@contextlib.contextmanager
-def explain_out_of_memory(batch_size: int):
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # GPU's, CPU's
-            raise
-        half = batch_size // 2
-        hint = f"--batch_size {half} needs about half; the result is the same" if half else "choose a smaller model"
-        raise UserError(
-            f"the model at --batch_size {batch_size} does not fit into memory.\nHINT: {hint}", alone=True
-        ) from None
-
-
 @command
 def main(argv=None) -> int:
     config = parse(TrainConfig, argv, __doc__, PRESETS)
     check_config(config)
-    ranks = Ranks(config.device)
-    with explain_out_of_memory(config.batch_size), Signals() as signals:
+    with Ranks(config.device) as ranks, explain_out_of_memory(config.batch_size, config.recompute):
         data = open_data(config, ranks)
         with only_writer(config.log_dir) if ranks.main else contextlib.nullcontext():
-            exit_code = train(config, ranks, signals, data)
-        ranks.disconnect()
-    return exit_code
+            return train(config, ranks, data)
 
 
 if __name__ == "__main__":

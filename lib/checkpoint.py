@@ -21,7 +21,7 @@ from lib.cli import UserError, first_line
 from lib.files import sync_directory, whole_file
 from lib.tokenizer import tokenizer_of
 
-NEWEST = "model_checkpoint.pt"
+NEWEST, BEST = "model_checkpoint.pt", "model_best.pt"
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
@@ -29,15 +29,18 @@ class SaveError(Exception):
     """The disk did not take a checkpoint. Those before it are untouched."""
 
 
-def save_checkpoint(log_dir, state: dict) -> Path:
+def save_checkpoint(log_dir, state: dict, best: bool = False) -> Path:
     """Save the state of a run as LOG_DIR/model_NNNNN.pt (NNNNN: its step), verify it, link model_checkpoint.pt to it.
 
-    state: model, optimizer, config, step, val_loss, val_step, tokenizer, train_config, data. Raises SaveError if the
-    disk is full or fails, and ValueError for weights or optimizer moments that are not finite; then nothing has changed
-    on the disk.
+    state: model, optimizer, scaler, config, step, val_loss, val_step, tokenizer, train_config, precision, data. best:
+    save what a model needs, without the optimizer, as model_best.pt instead. Raises SaveError if the disk is full or
+    fails, and ValueError for weights or moments that are not finite; then nothing has changed on the disk.
     """
     check_finite(state)
     path = Path(log_dir) / f"model_{state['step']:05d}.pt"
+    if best:
+        path = path.with_name(BEST)
+        state = {name: value for name, value in state.items() if name not in ("optimizer", "scaler")}
     try:
         with whole_file(path) as file:
             torch.save(state, file)
@@ -52,7 +55,8 @@ def save_checkpoint(log_dir, state: dict) -> Path:
             raise
         free = shutil.disk_usage(log_dir).free
         raise SaveError(f"{path} could not be saved ({error}); {free:,} bytes are free there") from error
-    point_newest(path)
+    if not best:
+        point_newest(path)
     return path
 
 

@@ -4,9 +4,12 @@ torchrun starts one process per GPU and tells each its rank. Without torchrun th
 and everything here stays inside it.
 """
 
+import contextlib
+import ctypes
 import datetime
 import errno
 import os
+import platform
 import signal
 import sys
 
@@ -40,13 +43,26 @@ class Ranks:
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
         self.device = choose_device(device, self.local_rank)
+        self.signals = Signals()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.signals.forget()
+        if dist.is_initialized() and not any(error):
+            dist.destroy_process_group()
 
     def precision(self, dtype: str) -> str:
-        """What --dtype means on this device: auto is bfloat16 on GPUs that have it, else float32."""
+        """What --dtype means on this device: auto is the fastest that its hardware computes in itself."""
         if dtype != "auto":
             return dtype
-        there = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bfloat16" if there else "float32"
+        if self.device.type == "cuda":  # from Ampere on; before, T4 and V100 have tensor cores for float16 only
+            return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        fast = self.device.type == "cpu" and (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
+        return "bfloat16" if fast else "float32"
 
     def connect(self, timeout: int) -> None:
         """Start the process group. Input errors come before this: no rank waits here for one that has left."""
@@ -54,16 +70,10 @@ class Ranks:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # what stays in float32 may use TF32
         if self.device.type == "cpu":
-            # Freeing one 31 MB block raises glibc's mmap threshold, so activations are reused instead of page-faulted
-            # in every step.
-            torch.empty(31 * 2**18)
+            keep_freed_memory()
         if self.world_size > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
-
-    def disconnect(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
     def say(self, text: str) -> None:
         """Print, on the main rank only. Output that can't be written is no reason to stop: log.txt has the numbers."""
@@ -86,6 +96,18 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
+
+    def stopping(self) -> torch.Tensor:
+        """The signal that asks any rank to stop, as a tensor on the device; 0: none. It stays, once it is there."""
+        return self.max(self.signals.pending())
+
+    def until_stopped(self, items: list):
+        """Yield the items until a signal asks any rank to stop. Ranks with fewer items ask as often as the others."""
+        for number in range(int(self.max(len(items)))):
+            if self.stopping():
+                return
+            if number < len(items):
+                yield items[number]
 
     def check_same(self, model: torch.nn.Module, step: int) -> None:
         """Raise UserError, on every rank, if step or weights are not the same on all of them, bit for bit."""
@@ -117,6 +139,30 @@ class Ranks:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+@contextlib.contextmanager
+def explain_out_of_memory(batch_size: int, recompute: bool):
+    """Turn a GPU's or a CPU's lack of memory into a UserError that says what needs less."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # GPU's, CPU's
+            raise
+        hints = [f"--batch_size {2 ** (batch_size - 1).bit_length() // 2} needs about half"] if batch_size > 1 else []
+        hints += [] if recompute else ["--recompute far less"]
+        hint = f"{' and '.join(hints)}; the result is the same" if hints else "choose a smaller model"
+        raise UserError(
+            f"the model at --batch_size {batch_size} does not fit into memory.\nHINT: {hint}", alone=True
+        ) from None
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: a step then reuses the memory of the one before, instead of page-faulting it in."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
@@ -124,9 +170,8 @@ def device_name(device: torch.device) -> str:
 class Signals:
     """Turns the signals that would end the process into a note, so that the step can be finished and saved first."""
 
-    def __enter__(self):
+    def __init__(self):
         self.received, self.handlers, self.parent = 0, {}, os.getppid()
-        return self
 
     def listen(self) -> None:
         for number in STOP_SIGNALS:
@@ -142,6 +187,6 @@ class Signals:
         orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
         return signal.SIGTERM if orphaned else self.received  # torchrun was killed, and can't send it any more
 
-    def __exit__(self, *error):
+    def forget(self) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)

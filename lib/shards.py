@@ -172,15 +172,20 @@ class TokenLoader:
     After the last whole sequence the stream begins again.
 
     data_dir: the directory. split: "train" or "val". seq_len (T), total_batch_size: tokens. batch_size (B): sequences.
-    pin_memory: batches lie in page-locked memory, which a GPU copies from while it computes.
+    pin_memory: batches lie in page-locked memory, which a GPU copies from while it computes. shuffle: None, or a seed
+    by which each epoch has an order of its own.
     Raises UserError if the directory has no such shards, a bad one, or too few tokens for one step, or if a step can't
     be shared out evenly.
     """
 
-    def __init__(self, data_dir, split, seq_len, batch_size, total_batch_size, rank=0, world_size=1, pin_memory=False):
-        self.T, self.B, self.rank, self.world_size, self.pin_memory = seq_len, batch_size, rank, world_size, pin_memory
+    def __init__(
+        self, data_dir, split, seq_len, batch_size, total_batch_size, rank=0, world_size=1, *, pin_memory=False,
+        shuffle=None,
+    ):  # fmt: skip
+        self.data_dir, self.T, self.B, self.rank, self.world_size = data_dir, seq_len, batch_size, rank, world_size
+        self.pin_memory, self.shuffle = pin_memory, shuffle
         self.micro_steps = count_micro_steps(seq_len, batch_size, total_batch_size, world_size)
-        self.sequences_per_step = total_batch_size // seq_len
+        self.step_tokens, self.sequences_per_step = total_batch_size, total_batch_size // seq_len
         self.manifest = read_manifest(data_dir)
         self.tokenizer = self.manifest["tokenizer"] if self.manifest else "gpt2"
         self.n_vocab = get_tokenizer(self.tokenizer).n_vocab
@@ -227,13 +232,25 @@ class TokenLoader:
 
         first = step * self.sequences_per_step + (micro_step * self.world_size + self.rank) * self.B
         parts = []
-        while (have := sum(len(x) for x, _ in parts)) < self.B:  # twice where the stream begins again
-            start = (first + have) % self.sequences
-            n = min(self.B - have, self.sequences - start)
+        for start, n in self.runs(first):
             tokens = self.read(start * self.T, n * self.T + 1)
             parts.append((tokens[:-1].reshape(n, self.T), tokens[1:].reshape(n, self.T)))
         x, y = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))  # (B, T) each
         return (x.pin_memory(), y.pin_memory()) if self.pin_memory else (x, y)
+
+    def runs(self, first: int):
+        """Yield (sequence, how many from it on) for the B sequences from the `first` of all epochs on."""
+        if self.shuffle is not None:
+            for i in range(first, first + self.B):
+                epoch, place = divmod(i, self.sequences)
+                yield shuffled(place, self.sequences, f"{self.shuffle} {epoch}"), 1
+            return
+        end = first + self.B
+        while first < end:  # once, or twice where the stream begins again
+            start = first % self.sequences
+            n = min(end - first, self.sequences - start)
+            yield start, n
+            first += n
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start .. start + count - 1 of the stream, as int64 (count,)."""
@@ -250,6 +267,20 @@ class TokenLoader:
             parts.append(part)
             start, count, shard = start + len(part), count - len(part), shard + 1
         return np.concatenate(parts)
+
+
+def shuffled(i: int, n: int, key: str) -> int:
+    """Place i of a permutation of 0 .. n-1 that follows from the key, without a table: a Feistel network (Luby and
+    Rackoff 1988) permutes the smallest 2^(2 bits) >= n, and is applied again until the result is below n."""
+    bits = max(1, ((n - 1).bit_length() + 1) // 2)
+    while True:
+        left, right = i >> bits, i & (2**bits - 1)
+        for number in range(4):
+            digest = hashlib.blake2b(f"{key} {number} {right}".encode(), digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(digest, "little") & (2**bits - 1))
+        i = left << bits | right
+        if i < n:
+            return i
 
 
 def count_micro_steps(seq_len: int, batch_size: int, total_batch_size: int, world_size: int) -> int:

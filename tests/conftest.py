@@ -87,7 +87,7 @@ def write_shards(directory, streams: dict[str, list[int]], n_vocab=257, seed=0, 
 TINY = {
     "n_layer": 2, "n_head": 2, "n_embd": 32, "seq_len": 16, "batch_size": 2, "total_batch_size": 128, "max_steps": 8,
     "warmup_steps": 2, "val_every": 4, "val_tokens": 256, "hellaswag_every": 0, "sample_every": 0, "save_every": 3,
-    "device": "cpu",
+    "device": "cpu", "dtype": "float32",
 }  # fmt: skip
 
 

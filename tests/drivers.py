@@ -44,20 +44,20 @@ def poisoned(self, idx, targets=None):
     return logits, loss
 
 
-def disk_is_full(log_dir, state):
+def disk_is_full(log_dir, state, best):
     if state["step"] != int(argument):
-        return save(log_dir, state)
+        return save(log_dir, state, best)
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     try:
-        return save(log_dir, state)
+        return save(log_dir, state, best)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-def take_long(log_dir, state):
-    path = save(log_dir, state)
+def take_long(log_dir, state, best):
+    path = save(log_dir, state, best)
     time.sleep(3 if state["step"] == int(argument) else 0)
     return path
 
@@ -81,7 +81,14 @@ def remember(self, device):
     return to(self, device)
 
 
+class HighScale(torch.amp.GradScaler):
+    def __init__(self, device, enabled):
+        super().__init__(device, init_scale=2.0 ** int(argument), enabled=enabled)
+
+
 GPT.to = remember
+if what == "high_scale":
+    torch.amp.GradScaler = HighScale
 train.get_lr = get_lr
 if what in ("nan_loss", "inf_loss", "nan_for_ever"):
     GPT.forward = poisoned

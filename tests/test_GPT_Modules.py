@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from GPT_Modules import GPT, TRANSPOSED, GPTConfig, KVCache, linear_cross_entropy
+from GPT_Modules import GPT, TRANSPOSED, GPTConfig, KVCache, Muon, linear_cross_entropy, orthogonalize
 
 SMALL = GPTConfig(block_size=32, vocab_size=101, n_layer=3, n_head=4, n_embd=48)
 
@@ -91,6 +91,72 @@ def test_bfloat16_autocast_is_near_float32():
     rounded.backward()
     assert rounded.dtype == torch.float32 and abs(rounded - loss) < 0.01
     assert (model.transformer.wte.weight.grad - exact).norm() < 0.02 * exact.norm()
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    torch.manual_seed(0)
+    model, idx = GPT(SMALL), torch.randint(101, (2, 33))
+    gradients = []
+    for model.recompute in (False, True):
+        model.zero_grad()
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_recomputing_keeps_less():
+    """What the forward pass keeps for the backward pass, counted as it is packed."""
+    model, idx = GPT(SMALL), torch.randint(101, (2, 33))
+    kept = []
+    for model.recompute in (False, True):
+        kept.append(0)
+
+        def pack(tensor):
+            kept[-1] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(idx[:, :-1], idx[:, 1:])
+    assert kept[1] < kept[0] / 3
+
+
+def test_muon_makes_matrices_nearly_orthogonal_and_q_k_v_apart():
+    torch.manual_seed(0)
+    for shape in ((3, 48, 48), (2, 192, 48), (2, 48, 192)):
+        singular = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
+        assert 0.6 < singular.min() and singular.max() < 1.25, singular
+    model, idx = GPT(SMALL), torch.randint(101, (2, 33))
+    optimizer = model.configure_optimizers(0.0, 1e-2, muon=True)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    assert sorted(sum(groups, [])) == sorted(names.values()) and len(groups[0]) == 12
+    assert groups[1:3] == [["transformer.wte.weight"], ["transformer.wpe.weight"]]
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model(idx[:, :-1], idx[:, 1:])[1].backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        step = before[name] - parameter.detach()
+        if name in groups[0]:
+            parts = step.view(-1, 48, 48) if name.endswith("c_attn.weight") else step[None]
+            singular = torch.linalg.svdvals(parts) / (1e-2 * 0.2 * max(parts.shape[1:]) ** 0.5)
+            assert 0.5 < singular.median() < 1.3, (name, singular)
+    again = GPT(SMALL).configure_optimizers(0.0, 1e-2, muon=True)
+    again.load_state_dict(optimizer.state_dict())
+
+
+def test_muons_other_groups_are_adamws():
+    """Where no group is Muon's, a step is AdamW's, bit for bit."""
+    models = []
+    for kind in (torch.optim.AdamW, Muon):
+        torch.manual_seed(0)
+        model = GPT(SMALL)
+        optimizer = kind(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        for _ in range(3):
+            model(torch.arange(32)[None], torch.arange(1, 33)[None])[1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        models.append(model.state_dict())
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
 def test_124m_parameters_init_and_groups():

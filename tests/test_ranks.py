@@ -1,10 +1,15 @@
 """Who we are: devices, one process without torchrun, signals as notes."""
 
 import os
+import platform
 import signal
+import subprocess
+import sys
+import types
 
 import pytest
 import torch
+from conftest import ROOT
 
 from lib.cli import UserError
 from lib.ranks import Ranks, Signals, choose_device
@@ -29,6 +34,48 @@ def test_a_device_that_is_not_there(monkeypatch):
         choose_device("cuda", 2)
 
 
+def test_auto_is_the_fastest_precision_of_the_hardware(monkeypatch):
+    ranks = Ranks("cpu")
+    for avx512, amx, expected in ((False, False, "float32"), (True, False, "bfloat16"), (False, True, "bfloat16")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx512=avx512: avx512)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert ranks.precision("auto") == expected and ranks.precision("float16") == "float16"
+    ranks.device = torch.device("mps")
+    assert ranks.precision("auto") == "float32" and ranks.precision("bfloat16") == "bfloat16"
+    ranks.device = torch.device("cuda", 0)
+    for capability, expected in (((7, 0), "float16"), ((7, 5), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")):
+        properties = types.SimpleNamespace(major=capability[0], minor=capability[1])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, p=properties: p)
+        assert ranks.precision("auto") == expected, capability
+
+
+FAULTS = """
+import resource, sys, torch
+from GPT_Modules import GPT, GPTConfig
+from lib.ranks import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+model, idx = GPT(GPTConfig(64, 50304, 2, 2, 64)), torch.randint(50257, (8, 64))
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    model(idx, idx)[1].backward()
+    model.zero_grad()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
+def test_glibc_keeps_freed_memory():
+    """Page faults of the sixth step, in processes of their own: thousands without, next to none with."""
+    plain, kept = (
+        int(subprocess.run([sys.executable, "-c", FAULTS, what], cwd=ROOT, capture_output=True, check=True).stdout)
+        for what in ("plain", "keep")
+    )
+    assert plain > 5_000 and kept < 500, (plain, kept)
+
+
 def test_one_process_is_its_own_world():
     ranks = Ranks("cpu")
     assert (ranks.rank, ranks.world_size, ranks.main) == (0, 1, True)
@@ -38,9 +85,10 @@ def test_one_process_is_its_own_world():
 
 def test_signals_are_noted_and_handlers_given_back():
     before = signal.getsignal(signal.SIGTERM)
-    with Signals() as signals:
-        signals.listen()
-        assert signals.pending() == 0
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.pending() == signal.SIGTERM
+    signals = Signals()
+    signals.listen()
+    assert signals.pending() == 0
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert signals.pending() == signal.SIGTERM
+    signals.forget()
     assert signal.getsignal(signal.SIGTERM) == before

@@ -181,6 +181,129 @@ def test_demo_preset_is_a_run_of_the_script():
     assert (config.data_dir, config.n_layer, config.max_steps) == ("demo/data", 4, 7)
 
 
+# ---- precision ----
+
+
+def values(log_dir, stream) -> list[float]:
+    return [value for _, value in metrics.read_log(log_dir)[stream]]
+
+
+@pytest.mark.parametrize("dtype, loss_off, norm_off", [("bfloat16", 0.01, 0.15), ("float16", 0.002, 0.02)])
+def test_half_precision_learns_as_float32_does(dtype, loss_off, norm_off, data_dir, tmp_path):
+    """200 steps side by side; norm is that of the gradient itself, not of the scaled loss."""
+    common = {"data_dir": data_dir, "max_steps": 200, "val_every": 0, "save_every": 0, "batch_size": 8, "max_lr": 3e-3}
+    for name in ("float32", dtype):
+        assert train.main(flags(log_dir=tmp_path / name, dtype=name, **common)) == 0
+    for stream, off in (("train", loss_off), ("norm", norm_off)):
+        exact, rounded = (np.array(values(tmp_path / name, stream)) for name in ("float32", dtype))
+        assert np.all(np.abs(rounded / exact - 1) < off), (stream, np.abs(rounded / exact - 1).max())
+    assert values(tmp_path / dtype, "train") != values(tmp_path / "float32", "train")
+    assert values(tmp_path / dtype, "train")[-1] < values(tmp_path / dtype, "train")[0] - 0.1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_goes_on_exactly_and_on_any_number_of_ranks(dtype, data_dir, tmp_path):
+    common = {"data_dir": data_dir, "dtype": dtype}
+    assert train.main(flags(log_dir=tmp_path / "whole", **common)) == 0
+    words = [ROOT / "tests" / "drivers.py", "stop_after", 3, *flags(log_dir=tmp_path / "log", **common)]
+    assert "stopped by SIGTERM" in script(*words, env={"PYTHONPATH": str(ROOT)}).stdout
+    assert load_checkpoint(tmp_path / "log" / "model_checkpoint.pt")["precision"] == dtype
+    assert bool(load_checkpoint(tmp_path / "log" / "model_checkpoint.pt")["scaler"]) == (dtype == "float16")
+    assert train.main(flags(log_dir=tmp_path / "log", **common)) == 0
+    assert_uninterrupted(tmp_path / "log", tmp_path / "whole")
+    assert torchrun(2, "train.py", *flags(log_dir=tmp_path / "two", **common)).returncode == 0
+    assert np.allclose(values(tmp_path / "two", "train"), values(tmp_path / "whole", "train"), rtol=1e-4)
+
+
+def test_a_loss_scale_that_falls_does_not_end_the_run(data_dir, tmp_path):
+    """It begins at 2^40, far too high: more than ten updates are skipped until it fits."""
+    words = flags(data_dir=data_dir, log_dir=tmp_path, dtype="float16", max_steps=60, max_lr=3e-3)
+    done = driver("high_scale", 40, *words)
+    assert done.returncode == 0, done.stderr
+    skipped = [step for step, _ in metrics.read_log(tmp_path)["skipped"]]
+    assert skipped[:12] == list(range(12)) and len(skipped) < 30
+    assert values(tmp_path, "train")[-1] < values(tmp_path, "train")[0]
+
+
+def test_float16_that_is_never_finite_ends_the_run(data_dir, tmp_path):
+    """The scale falls from 2^16 to 1 in 16 steps, then ten more are enough."""
+    done = driver("nan_for_ever", 0, *flags(data_dir=data_dir, log_dir=tmp_path, dtype="float16", max_steps=60))
+    assert done.returncode == 1 and "not finite 10 times in a row, up to step 25" in done.stderr, done.stderr
+
+
+def test_a_run_keeps_its_precision(data_dir, tmp_path, monkeypatch, capsys):
+    """Begun by --dtype auto on one machine, continued on another whose auto is another."""
+    words = flags(data_dir=data_dir, log_dir=tmp_path, dtype=None)
+    for fast, steps in ((True, 4), (False, 8)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert train.main([*words, f"--max_steps={steps}"]) == 0
+        assert "1 x CPU with" in (printed := capsys.readouterr().out) and ", bfloat16, not compiled" in printed
+    assert "the run began in bfloat16 and goes on in it; a new one would take float32 here" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_recomputing_compiled_activations_changes_nothing_and_recompiles_nothing(ranks, data_dir, tmp_path):
+    words = flags(data_dir=data_dir, log_dir=tmp_path / "log")
+    done = torchrun(ranks, "train.py", *words, "--compile", "--recompute", env={"TORCH_LOGS": "recompiles"})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Recompiling function forward") == ranks, done.stderr
+    assert train.main([*words, f"--log_dir={tmp_path / 'eager'}"]) == 0
+    assert_log_close(comparable_log(tmp_path / "log"), comparable_log(tmp_path / "eager"))
+
+
+# ---- opt-in ----
+
+
+def test_a_linear_schedule_loses_nothing_when_it_is_extended(data_dir, tmp_path, capsys):
+    common = {"data_dir": data_dir, "schedule": "linear", "min_lr": 0, "decay_steps": 4, "warmup_steps": 2}
+    config = train.parse(TrainConfig, flags(**common | {"max_steps": 12}), "", train.PRESETS)
+    rates = [get_lr(step, config) / config.max_lr for step in range(13)]
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+    assert train.main(flags(log_dir=tmp_path / "long", max_steps=12, **common)) == 0
+    assert train.main(flags(log_dir=tmp_path / "log", max_steps=8, save_every=4, keep_every=4, **common)) == 0
+    for path in tmp_path.glob("log/model_*8.pt"):
+        path.unlink()  # the state before the decay
+    assert train.main(flags(log_dir=tmp_path / "log", max_steps=12, **common)) == 0
+    assert_same_weights(tmp_path / "log", tmp_path / "long")
+    assert "max_steps was 8: from here the decay ends at 12" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", [{"optimizer": "muon"}, {"shuffle": None}])
+def test_opt_ins_go_on_exactly_and_on_any_number_of_ranks(flag, data_dir, trained, tmp_path):
+    (name, value), common = *flag.items(), {"data_dir": data_dir}
+    extra = [f"--{name}" if value is None else f"--{name}={value}"]
+    assert train.main([*flags(log_dir=tmp_path / "whole", **common), *extra]) == 0
+    words = [ROOT / "tests" / "drivers.py", "stop_after", 3, *flags(log_dir=tmp_path / "log", **common), *extra]
+    assert "stopped by SIGTERM" in script(*words, env={"PYTHONPATH": str(ROOT)}).stdout
+    assert train.main([*flags(log_dir=tmp_path / "log", **common), *extra]) == 0
+    assert_uninterrupted(tmp_path / "log", tmp_path / "whole")
+    assert torchrun(2, "train.py", *flags(log_dir=tmp_path / "two", **common), *extra).returncode == 0
+    assert_log_close(comparable_log(tmp_path / "two"), comparable_log(tmp_path / "whole"))
+    assert values(tmp_path / "whole", "train") != values(trained, "train")
+
+
+def test_the_best_weights_are_kept(data_dir, tmp_path):
+    """At a rate that is too high the loss turns; the best is exported with its own loss and step."""
+    import export
+
+    words = flags(data_dir=data_dir, log_dir=tmp_path, max_lr=0.3, val_every=1, save_every=0, warmup_steps=0)
+    assert train.main([*words, "--keep_best"]) == 0
+    losses = dict(metrics.read_log(tmp_path)["val"])
+    step = min(losses, key=losses.get)
+    assert step < 8  # else this test shows nothing
+    best = load_checkpoint(tmp_path / "model_best.pt")
+    assert (best["step"], best["val_step"]) == (step, step) and float(f"{best['val_loss']:.6g}") == losses[step]
+    assert load_checkpoint(tmp_path / "model_checkpoint.pt")["step"] == 8
+    assert export.main(["--model", str(tmp_path / "model_best.pt"), "--out", str(tmp_path / "out")]) == 0
+    assert f"| validation loss | {best['val_loss']:.4f} nats per byte |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_without_keep_best_there_is_none(trained):
+    assert not (trained / "model_best.pt").exists()
+
+
 # ---- bad input ----
 
 BAD = {
@@ -255,7 +378,7 @@ def test_the_run_of_an_older_version_goes_on(tmp_path):
     shutil.copytree(ROOT / "tests" / "before", tmp_path, dirs_exist_ok=True)
     then = comparable_log(tmp_path / "log")
     words = flags(data_dir=tmp_path / "data", log_dir=tmp_path / "log", n_layer=1, n_embd=8, total_batch_size=64,
-                  max_steps=6, val_every=2, val_tokens=128)  # fmt: skip
+                  max_steps=6, val_every=2, val_tokens=128, dtype=None)  # fmt: skip
     assert train.main(words) == 0
     now = comparable_log(tmp_path / "log")
     assert [line for line in now if int(line.split()[0]) < 3] == [line for line in then if int(line.split()[0]) < 3]
@@ -285,7 +408,9 @@ DIFFERENT = {
     "seq_len": ("seq_len=8", "seq_len was 16, is 8"),
     "n_layer": ("n_layer=3", "n_layer was 2, is 3"),
     "init_from": ("init_from=gpt2", "init_from was scratch, is gpt2"),
-    "dtype": ("dtype=bfloat16", "dtype was auto, is bfloat16"),
+    "dtype": ("dtype=bfloat16", "dtype was float32, is bfloat16"),
+    "shuffle": ("shuffle", "shuffle was False, is True"),
+    "schedule": ("schedule=linear", "schedule was cosine, is linear"),
     "max_steps": ("max_steps=5", "max_steps was 8, is 5, and may only grow"),
 }
 
@@ -447,6 +572,31 @@ def test_signals_finish_the_step_save_and_leave(name, to, data_dir, long_run, tm
         done = torchrun(2, "train.py", *flags(data_dir=data_dir, log_dir=tmp_path, **LONG | {"save_every": 1000}))
         assert done.returncode == 0, done.stderr
         assert_uninterrupted(tmp_path, long_run)
+
+
+@pytest.mark.parametrize("what", ["validation", "HellaSwag"])
+def test_a_signal_in_the_middle_of_an_evaluation(what, data_dir, tmp_path):
+    """An evaluation of a minute, at step 6: saved and gone within 10 s, no step lost, and the next run measures it."""
+    write_shards(tmp_path / "data", {"val": [1_500_000], "train": [5457]})
+    write_hellaswag(tmp_path / "few.jsonl", 10)
+    write_hellaswag(tmp_path / "many.jsonl", 20_000)
+    common = {"data_dir": tmp_path / "data", "val_every": 6, "hellaswag_every": 6, "block_size": 512, "n_embd": 64}
+    common |= {"hellaswag_data": tmp_path / "few.jsonl"}
+    assert torchrun(2, "train.py", *flags(log_dir=tmp_path / "whole", **common)).returncode == 0
+    words = [ROOT / "tests" / "drivers.py", "stop_after", 3, *flags(log_dir=tmp_path / "log", **common)]
+    assert "stopped by SIGTERM after 4 steps" in torchrun(2, *words).stdout
+    long = {"val_tokens": 1_499_904} if what == "validation" else {"hellaswag_data": tmp_path / "many.jsonl"}
+    process = start_torchrun(2, *flags(log_dir=tmp_path / "log", **common | long))
+    wait_for(lambda: any(line.startswith("5 train") for line in log_lines(tmp_path / "log")), 120)
+    time.sleep(4)
+    before, start = comparable_log(tmp_path / "log"), time.time()
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert time.time() - start < 10 and "stopped by SIGTERM after 6 steps, saved" in output, output
+    assert not [line for line in before if line.startswith("6 hella")]
+    assert load_checkpoint(tmp_path / "log" / "model_checkpoint.pt")["step"] == 6
+    assert torchrun(2, "train.py", *flags(log_dir=tmp_path / "log", **common)).returncode == 0
+    assert_uninterrupted(tmp_path / "log", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
