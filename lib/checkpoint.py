@@ -18,7 +18,7 @@ import torch
 
 from GPT_Modules import GPT
 from lib.cli import UserError, first_line
-from lib.files import sync_directory, whole_file
+from lib.files import again_if_stale, if_possible, replace, whole_file
 from lib.tokenizer import tokenizer_of
 
 NEWEST, BEST = "model_checkpoint.pt", "model_best.pt"
@@ -39,8 +39,7 @@ def save_checkpoint(log_dir, state: dict, best: bool = False) -> Path:
     check_finite(state)
     path = Path(log_dir) / f"model_{state['step']:05d}.pt"
     if best:
-        path = path.with_name(BEST)
-        state = {name: value for name, value in state.items() if name not in ("optimizer", "scaler")}
+        path, state = path.with_name(BEST), for_models(state)
     try:
         with whole_file(path) as file:
             torch.save(state, file)
@@ -94,12 +93,20 @@ def verify(path) -> None:
 
 
 def point_newest(path: Path) -> None:
-    """Make model_checkpoint.pt, beside it, a relative link to this checkpoint, in one move."""
-    temporary = path.with_name(NEWEST + ".tmp")
+    """Make model_checkpoint.pt, beside it, a relative link to this checkpoint, in one move; where there are no links, a
+    copy of what a model needs."""
+    newest, temporary = path.with_name(NEWEST), path.with_name(NEWEST + ".tmp")
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(path.name)
-    os.replace(temporary, path.with_name(NEWEST))
-    sync_directory(path.parent)
+    with if_possible("symbolic links", f"{NEWEST} is a copy of the newest checkpoint, without the optimizer"):
+        temporary.symlink_to(path.name)
+        return replace(temporary, newest)
+    with whole_file(newest) as file:
+        torch.save(for_models(load_checkpoint(path)), file)
+
+
+def for_models(state: dict) -> dict:
+    """The state without what only the run needs: a third of its size."""
+    return {name: value for name, value in state.items() if name not in ("optimizer", "scaler")}
 
 
 def checkpoint_paths(log_dir) -> dict[int, Path]:
@@ -111,10 +118,10 @@ def checkpoint_paths(log_dir) -> dict[int, Path]:
 def load_checkpoint(path) -> dict:
     """The content of a checkpoint, on the CPU. Nothing in the file is executed. Raises UserError if there is none, if
     it is damaged, or if it holds anything but plain data."""
-    if not Path(path).is_file():
+    if not again_if_stale(Path(path).is_file)():
         raise UserError(f"there is no checkpoint {path}")
     try:
-        verify(path)
+        again_if_stale(verify)(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not {"model", "config"} <= content.keys():
             raise ValueError("it is no checkpoint: model or config is missing")
@@ -148,7 +155,7 @@ def open_model(name: str) -> tuple[GPT, str, dict, Path | None]:
     Raises UserError if there is no such model, or if it is damaged.
     """
     path, checkpoint = Path(name), {}
-    if path.is_file():
+    if again_if_stale(path.is_file)():
         checkpoint = load_checkpoint(path)
     elif path.is_dir() and checkpoint_paths(path):
         checkpoint, path, _ = newest_checkpoint(path)

@@ -1,13 +1,56 @@
-"""Files that are whole or absent, and directories with one writer."""
+"""Files that are whole or absent, directories with one writer, and what a file system can't do.
+
+Network and FUSE file systems lack some of what a local disk has. Each such lack costs one warning, which says what is
+lost by it, and the run goes on; an error of the disk itself (EIO, ENOSPC) is raised.
+"""
 
 import contextlib
+import errno
 import fcntl
+import functools
+import logging
 import os
 import shutil
 import socket
 from pathlib import Path
 
 from lib.cli import UserError
+
+CANNOT = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.EINVAL, errno.EBADF}
+CANNOT |= {errno.ENODEV, errno.EEXIST, errno.EISDIR}
+
+
+@functools.cache
+def lacking(what: str, consequence: str) -> None:
+    """Warn, once in a process, of something that this file system does not have."""
+    logging.getLogger("GPT124M").warning("WARNING: this file system has no %s: %s", what, consequence)
+
+
+@contextlib.contextmanager
+def if_possible(what: str, consequence: str):
+    """Turn an error that says the file system can't do something into a warning."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in CANNOT:
+            raise
+        lacking(what, consequence)
+
+
+def again_if_stale(function):
+    """Decorate a function that reads files: after ESTALE, once, it is called again. An NFS client says so when a file
+    was replaced by another machine, and asks the server anew the next time."""
+
+    @functools.wraps(function)
+    def call(*words, **options):
+        try:
+            return function(*words, **options)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            return function(*words, **options)
+
+    return call
 
 
 @contextlib.contextmanager
@@ -24,22 +67,33 @@ def whole_file(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno and not error.filename:
             error.filename = str(path)  # a write that fails does not say where
         raise
+
+
+def replace(temporary: Path, path: Path) -> None:
+    """Give a file its final name, in place of the file that has it."""
+    try:
+        os.replace(temporary, path)
+    except FileExistsError:
+        lacking("renaming onto an existing name", "a process that is killed meanwhile can leave neither file")
+        path.unlink()
+        os.replace(temporary, path)
     sync_directory(path.parent)
 
 
 def sync_directory(directory) -> None:
     """Flush the names in a directory to the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with if_possible("flushing of directories", "after a power cut the newest files may be missing"):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -51,13 +105,14 @@ def only_writer(directory):
     """
     directory = Path(directory)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        again_if_stale(directory.mkdir)(parents=True, exist_ok=True)
         file = open(directory / ".lock", "a+")
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror}") from None
     with file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with if_possible("locks", f"two jobs that write to {directory} would not be noticed"):
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
             raise UserError(

@@ -13,6 +13,7 @@ Shapes: B sequences in a micro-batch (batch_size), T tokens in a sequence (seq_l
 import concurrent.futures
 import hashlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.cli import UserError, first_line
-from lib.files import whole_file
+from lib.files import again_if_stale, if_possible, whole_file
 from lib.tokenizer import get_tokenizer
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"  # the data set of GPT-2's default run
@@ -46,40 +47,76 @@ def read_manifest(data_dir) -> dict | None:
     """DATA_DIR/manifest.json, or None where there is none. Raises UserError for one that can't be read."""
     path = Path(data_dir) / "manifest.json"
     try:
-        return json.loads(path.read_text())
+        return json.loads(again_if_stale(path.read_text)())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read: {first_line(error)}") from None
 
 
-def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
-    """The tokens of a .npy or .bin shard as a memory-mapped uint16 array (tokens,).
-
-    Raises UserError if the file is not a whole shard, or does not have as many tokens as given.
-    """
+def open_shard(path: Path, tokens: int | None = None):
+    """The tokens of a .npy or .bin shard as a memory-mapped uint16 array (tokens,); where the file system can't map
+    files, as FileTokens. Raises UserError if the file is not a whole shard, or has not as many tokens as given."""
+    size = 0
     try:
-        size = path.stat().st_size
-        if path.suffix == ".bin":
-            header = np.fromfile(path, dtype="<i4", count=3)
-            if len(header) < 3 or header[0] != BIN_MAGIC or header[1] != 1:
-                raise UserError(f"{path} is not a shard: its header is {header.tolist()}, not [{BIN_MAGIC}, 1, tokens]")
-            count, offset = int(header[2]), BIN_HEADER
-            array = np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(count,))
-        else:
-            array = np.load(path, mmap_mode="r")
-            if array.dtype != np.uint16 or array.ndim != 1:
-                raise UserError(f"{path} is not a shard: it holds {array.dtype} {array.shape}, not uint16 (tokens,)")
-            count, offset = len(array), array.offset
+        size, (offset, count) = again_if_stale(os.path.getsize)(path), read_header(path)
+        if size != offset + 2 * count:
+            raise UserError(f"{path} is damaged or cut short: its header says {count:,} tokens, its size "
+                            f"({size:,} bytes) {(size - offset) / 2:,.1f}")  # fmt: skip
+        with if_possible("memory maps", f"the tokens of {path.parent} are read piece by piece"):
+            # slices of the plain view cost less than a memmap's
+            array = np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(count,)))
+            return check_count(path, array, tokens)
+        return check_count(path, FileTokens(path, offset, count), tokens)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (OSError, ValueError, EOFError, OverflowError) as error:
         raise UserError(f"{path} is damaged or cut short ({size:,} bytes): {first_line(error)}") from None
-    if size != offset + 2 * count:
-        raise UserError(f"{path} is damaged: its header says {count:,} tokens, its size {(size - offset) / 2:,.1f}")
-    if tokens is not None and count != tokens:
-        raise UserError(f"{path} has {count:,} tokens, its manifest says {tokens:,}")
-    return np.asarray(array)  # slices of the plain view cost less than a memmap's
+
+
+def read_header(path: Path) -> tuple[int, int]:
+    """(bytes before the first token, tokens) of a shard. Raises UserError if it is of another kind or type."""
+    with open(path, "rb") as file:
+        if path.suffix == ".bin":
+            header = np.frombuffer(file.read(12), dtype="<i4")
+            if len(header) < 3 or header[0] != BIN_MAGIC or header[1] != 1:
+                raise UserError(f"{path} is not a shard: its header is {header.tolist()}, not [{BIN_MAGIC}, 1, tokens]")
+            return BIN_HEADER, int(header[2])
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        if dtype != np.uint16 or len(shape) != 1:
+            raise UserError(f"{path} is not a shard: it holds {dtype} {shape}, not uint16 (tokens,)")
+        return file.tell(), shape[0]
+
+
+def check_count(path: Path, array, tokens: int | None):
+    if tokens is not None and len(array) != tokens:
+        raise UserError(f"{path} has {len(array):,} tokens, its manifest says {tokens:,}")
+    return array
+
+
+class FileTokens:
+    """The tokens of a shard, read when they are asked for: slices of it are uint16 arrays."""
+
+    def __init__(self, path: Path, offset: int, count: int):
+        self.file, self.offset, self.count = open(path, "rb", buffering=0), offset, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, places: slice) -> np.ndarray:
+        start, stop, _ = places.indices(self.count)
+        parts, at, end = [], self.offset + 2 * start, self.offset + 2 * max(start, stop)
+        while at < end:
+            parts.append(os.pread(self.file.fileno(), end - at, at))  # may be less than asked for
+            if not parts[-1]:
+                raise UserError(f"{self.file.name} ends before token {stop:,}", alone=True)
+            at += len(parts[-1])
+        return np.frombuffer(b"".join(parts), dtype="<u2")
+
+    def max(self) -> int:
+        return max(int(self[i : i + 2**20].max()) for i in range(0, self.count, 2**20))
 
 
 def sha256(path) -> str:
