@@ -128,6 +128,7 @@ def in_words(facts: dict, source, loader) -> str:
         f"{count(config['max_steps'], 'step')} of {facts['tokens_per_step']:,} are {epochs:.2f} epochs\n"
         f"machine: {facts['hardware']}, {facts['precision']}, {'compiled' if facts['compiled'] else 'not compiled'}; a "
         f"step is {count(loader.micro_steps, 'micro-batch')} of {loader.B} x {loader.T} tokens for each process"
+        + ("" if loader.manifest else f"\n{loader.data_dir} has no manifest.json: its tokens are taken for gpt2's")
     )
 
 

@@ -1,5 +1,7 @@
 """Dataclass -> flags and help; UserError -> one line and an exit code."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -177,8 +179,14 @@ def test_nothing_happens_at_import():
     program += (
         "bad = {'datasets', 'matplotlib', 'huggingface_hub', 'transformers'} & set(sys.modules)\nassert not bad, bad"
     )
-    import subprocess
-    import sys
-
     done = subprocess.run([sys.executable, "-c", program, str(ROOT)], capture_output=True, text=True)
     assert done.returncode == 0 and not done.stdout + done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_windows_is_answered_with_one_line(name):
+    program = "import runpy, sys, torch, tiktoken, tqdm\nsys.platform = 'win32'\n"
+    program += "runpy.run_path(sys.argv[1], run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", program, str(ROOT / name)], capture_output=True, text=True)
+    line = "error: GPT124M needs Linux or macOS; on Windows it runs in WSL 2 (`wsl --install`)\n"
+    assert done.returncode == 2 and done.stderr == line, done.stderr

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, flags, script
 from hub import COMMIT, Hub
 
 import data_generator
@@ -336,6 +336,43 @@ def test_other_hub_data_sets(tmp_path):
         assert done.returncode == 2 and "french" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+def bin_shard(tokens) -> bytes:
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = 20240520, 1, len(tokens)
+    return header.tobytes() + np.asarray(tokens, dtype=np.uint16).tobytes()
+
+
+def test_ready_made_tokens_are_downloaded_trained_on_and_resumed(tmp_path):
+    """README's command, against a local Hub: shards of the published names, in llm.c's format."""
+    random_ = np.random.default_rng(0)
+    names = ["finewebedu_val_000000.bin", "finewebedu_train_000001.bin", "finewebedu_train_000002.bin"]
+    files = {name: bin_shard(random_.integers(0, 50257, 700)) for name in names}
+    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("hf download ")]
+    words = line.split()
+    data_dir = tmp_path / words[words.index("--local-dir") + 1]
+    with Hub({f"datasets/{words[2]}": files}) as hub:
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+        command = [str(Path(sys.executable).parent / "hf"), *words[1:]]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (data_dir / "finewebedu_train_000003.bin.incomplete").write_bytes(b"half")
+    for steps in (2, 4):
+        words = flags(data_dir=data_dir, log_dir=tmp_path / "log", max_steps=steps, n_embd=8)
+        done = script("train.py", *words)
+        assert done.returncode == 0, done.stderr
+    assert "1,400 tokens (gpt2) to learn from" in done.stdout and "going on from" in done.stdout
+    assert "has no manifest.json: its tokens are taken for gpt2's" in done.stdout
+
+
+@pytest.mark.slow
+def test_stopping_early_ends_cleanly(fineweb, tmp_path, campaign):
+    """Arrow's threads may be reading ahead when --max_tokens is reached (huggingface/datasets 7566, 7879)."""
+    hub, _ = fineweb
+    for number in range(campaign(200)):
+        done = generate(hub, tmp_path / str(number), "--max_tokens=9000", "--num_proc=1")
+        assert done.returncode == 0, (number, done.stderr)
+
+
 def test_no_network(tmp_path):
     environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
     done = script("data_generator.py", f"--data_dir={tmp_path / 'data'}", "--max_tokens=200000000", env=environment)
@@ -523,6 +560,29 @@ def test_the_demo_is_made_without_torch(start_method, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
+def test_a_killed_worker_is_noticed_whatever_the_start_method(start_method, tmp_path):
+    """The third batch of documents kills the process that tokenizes it."""
+    (tmp_path / "driver.py").write_text("""
+import multiprocessing, os, signal, sys
+import data_generator
+encode = data_generator.encode_documents
+def encode_documents(texts, path):
+    if path.endswith("2"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    encode(texts, path)
+data_generator.encode_documents = encode_documents
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    sys.exit(data_generator.main(sys.argv[2:]))
+""")
+    command = [sys.executable, "driver.py", start_method, "--preset=demo", f"--data_dir={tmp_path / 'data'}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "a tokenizing process was killed" in done.stderr, done.stderr
+    assert not list((tmp_path / "data").glob("*.tmp"))
 
 
 def test_leftovers_are_removed_and_never_read(uninterrupted, tmp_path):

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, write_shards
 
 from lib.cli import UserError
-from lib.shards import TokenLoader
+from lib.shards import TokenLoader, shuffled
 
 
 def test_a_step_depends_on_its_number_alone(tmp_path):
@@ -67,6 +67,54 @@ def test_bin_shards_of_llm_c(tmp_path):
     assert loader.tokenizer == "gpt2" and loader.tokens == 600
     x, y = next(loader.batches(0))
     assert np.array_equal(x.flatten(), tokens[300:320]) and np.array_equal(y.flatten(), tokens[301:321])
+
+
+def order(directory, seed, epoch, world_size=1, B=1) -> list[int]:
+    """The sequences of an epoch in the order in which they are read, told by their first token."""
+    loaders = [TokenLoader(directory, "train", 4, B, 4 * B * world_size, r, world_size, shuffle=seed)
+               for r in range(world_size)]  # fmt: skip
+    steps = range(epoch * loaders[0].sequences, (epoch + 1) * loaders[0].sequences)
+    batches = [batch for step in steps for loader in loaders for batch in loader.batches(step)]
+    return [int(row[0]) for x, _ in batches for row in x]
+
+
+def test_a_shuffled_epoch_reads_every_sequence_once_in_an_order_of_its_own(tmp_path):
+    tokens = np.repeat(np.arange(200), 4).astype(np.uint16)  # sequence i is four times the token i
+    np.save(tmp_path / "train_0.npy", np.append(tokens, 0).astype(np.uint16))
+    orders = {(seed, epoch): order(tmp_path, seed, epoch) for seed in (1, 2) for epoch in (0, 1)}
+    for places in orders.values():
+        assert sorted(places) == list(range(200))
+        steps = np.abs(np.diff(places))
+        assert np.median(steps) > 30 and (steps == 1).sum() < 10  # neighbours are spread
+    assert len(set(map(tuple, orders.values()))) == 4 and orders[1, 0] == order(tmp_path, 1, 0)
+    assert order(tmp_path, None, 0) == order(tmp_path, None, 1) == list(range(200))
+    for world_size, B in ((1, 5), (2, 1), (4, 5)):
+        loaders = [TokenLoader(tmp_path, "train", 4, B, 80, r, world_size, shuffle=1) for r in range(world_size)]
+        for step in (0, 7, 13):  # the steps 10 and 13 are of the second epoch
+            batches = [list(loader.batches(step)) for loader in loaders]
+            in_turn = [batches[r][m] for m in range(len(batches[0])) for r in range(world_size)]
+            got = [int(row[0]) for x, _ in in_turn for row in x]
+            assert got == [(orders[1, 0] + orders[1, 1])[20 * step + i] for i in range(20)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 63, 64, 65, 1000, 4097])
+def test_shuffled_is_a_permutation(n):
+    assert sorted(shuffled(i, n, "7 0") for i in range(n)) == list(range(n))
+
+
+def test_all_places_are_equally_likely():
+    """Where place 3 of 10 goes, over 2,000 keys: chi-squared with 9 degrees of freedom, 1 in 1,000 is above 27.9."""
+    counts = np.bincount([shuffled(3, 10, f"{key} 0") for key in range(2000)], minlength=10)
+    assert ((counts - 200) ** 2 / 200).sum() < 27.9
+
+
+def test_leftovers_of_a_download_are_no_shards(tmp_path):
+    write_shards(tmp_path, {"val": [100], "train": [100]}, manifest=False)
+    cache = tmp_path / ".cache" / "huggingface" / "download"
+    cache.mkdir(parents=True)
+    for path in (cache / "train_1.bin.incomplete", tmp_path / "train_2.bin.incomplete", cache / "train_3.bin"):
+        path.write_bytes(b"half")
+    assert TokenLoader(tmp_path, "train", 8, 1, 8).tokens == 100
 
 
 DAMAGES = {
