@@ -280,11 +280,14 @@ def linear_cross_entropy(x, weight, targets):
     return LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
 
 
+SLICE = {"cuda": 2**28}  # logits of a slice, about: few enough for memory, enough for an efficient product; else 2^25
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, learning):
         n, V, w = x.size(0), weight.size(0), weight.to(x.dtype)
-        slices = max(1, n * V // (2**28 if x.is_cuda else 2**25))  # few, so that the matrix products are efficient
+        slices = max(1, n * V // SLICE.get(x.device.type, 2**25))
         rows, vocabulary = math.ceil(n / slices), torch.arange(V, device=x.device)
         # Inductor keeps logits as long as anything reads them, and computes in one kernel what needs no indexing into
         # them: so the target's logit is computed apart, and one_hot is a comparison. Eagerly, indexing is faster.

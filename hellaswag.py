@@ -236,6 +236,12 @@ def count_right(questions: Questions, losses: np.ndarray) -> tuple[int, int]:
     return int(right.sum()), int(right_norm.sum())
 
 
+def share_out(examples: list[dict], encoding: tiktoken.Encoding, block_size: int, ranks) -> Questions:
+    """This rank's share of the examples, ready to be scored in training."""
+    mine = examples[ranks.rank :: ranks.world_size]
+    return prepare(mine, encoding, "completion", block_size, token_budget(ranks.device))
+
+
 def score(model: GPT, questions: Questions, n: int, ranks, autocast) -> float | None:
     """acc_norm over the n examples of all ranks, of which `questions` are this rank's share; None if a signal came
     meanwhile. In float32 on a CPU."""

@@ -106,6 +106,7 @@ MODEL_FLAGS = tuple(field.name for field in dataclasses.fields(GPTConfig))
 SKIPS_IN_A_ROW = 10  # updates that may be skipped for NaN or Inf before the run is given up
 NOT_FINITE = """loss or gradient were not finite {skips} times in a row, up to step {step}.
 HINT: the last good checkpoint is in {log_dir}; try a lower --max_lr or --dtype float32 from there"""
+NOT_SAVED = "the last checkpoint could not be saved in {log_dir}: make room and run the same command"
 NEXT = """next: python sample.py --model {model}
       python export.py --model {model} --out GPT124M"""
 
@@ -316,8 +317,8 @@ def state_to_go_on_from(config: TrainConfig, ranks: Ranks, data: Data) -> tuple[
     if state["precision"] != precision:
         ranks.say(f"the run began in {state['precision']} and goes on in it; a new one would take {precision} here")
     if (before := state["train_config"]["max_steps"]) != config.max_steps:
-        end = "cosine" if config.schedule == "cosine" else "decay"
-        ranks.say(f"max_steps was {before}: from here the {end} ends at {config.max_steps}")
+        schedule = config.schedule.replace("linear", "decay")
+        ranks.say(f"max_steps was {before}: from here the {schedule} ends at {config.max_steps}")
     model = GPT(state["config"])
     model.load_state_dict(state.pop("model"))
     return model, state | {"source": path}
@@ -337,8 +338,7 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
     raw_model, state = state_to_go_on_from(config, ranks, data)
     first_step, precision = state["step"], state["precision"]
     val_loss, val_step, best_loss = state["val_loss"], state.get("val_step"), state.get("best_loss", math.inf)
-    mine, budget = data.examples[ranks.rank :: ranks.world_size], hellaswag.token_budget(ranks.device)
-    questions = hellaswag.prepare(mine, data.encoding, "completion", raw_model.config.block_size, budget)
+    questions = hellaswag.share_out(data.examples, data.encoding, raw_model.config.block_size, ranks)
 
     # ---- model and optimizer
     ranks.connect(config.timeout)
@@ -373,10 +373,9 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
         if not stop:
             measured = evaluate(step, config, ranks, data, questions, model, raw_model, autocast, log)
             stop = measured is None
-        best = False
+        best = not stop and config.keep_best and measured.get("val", math.inf) < best_loss
         if not stop and "val" in measured:
-            val_loss, val_step = measured["val"], step
-            best, best_loss = config.keep_best and val_loss < best_loss, min(val_loss, best_loss)
+            val_loss, val_step, best_loss = measured["val"], step, min(measured["val"], best_loss)
         last = step == config.max_steps or stop
         saving = (last or due(step, config.save_every, config.max_steps)) and step > first_step
         if saving or best:
@@ -384,10 +383,9 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
             state = constant | {"step": step, "val_loss": val_loss, "val_step": val_step, "best_loss": best_loss}
             state |= {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"scaler": scaler.state_dict()}
+            saved = save(config, ranks, log, state) if saving else saved
         if best:
             save(config, ranks, log, state, best)
-        if saving:
-            saved = save(config, ranks, log, state)
         if last:
             break
 
@@ -425,13 +423,10 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
 
     # ---- the end. All wait here for rank 0's save: torchrun ends a rank half a minute after another one has left
     if ranks.max(not saved):
-        raise UserError(
-            f"the last checkpoint could not be saved in {config.log_dir}: make room and run the same command", code=1
-        )
+        raise UserError(NOT_SAVED.format(log_dir=config.log_dir), code=1)
     if stop:
-        number = int(ranks.stopping())
-        name = signal.Signals(number).name
-        ranks.say(f"stopped by {name} after {count(step, 'step')}, saved; the same command goes on from here")
+        number = signal.Signals(int(ranks.stopping()))
+        ranks.say(f"stopped by {number.name} after {count(step, 'step')}, saved; the same command goes on from here")
         return 128 + number
     if first_step == config.max_steps:
         ranks.say(f"finished at step {step}: raise --max_steps or choose another --log_dir")

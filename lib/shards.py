@@ -22,7 +22,7 @@ import numpy as np
 
 from lib.cli import UserError, first_line
 from lib.files import again_if_stale, if_possible, whole_file
-from lib.tokenizer import get_tokenizer
+from lib.tokenizer import GPT2_TOKENS, get_tokenizer
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"  # the data set of GPT-2's default run
 DATA_DIR, DEMO_DATA_DIR = "edu_fineweb10B", "demo/data"
@@ -225,7 +225,7 @@ class TokenLoader:
         self.step_tokens, self.sequences_per_step = total_batch_size, total_batch_size // seq_len
         self.manifest = read_manifest(data_dir)
         self.tokenizer = self.manifest["tokenizer"] if self.manifest else "gpt2"
-        self.n_vocab = get_tokenizer(self.tokenizer).n_vocab
+        self.n_vocab = self.manifest["vocab_size"] if self.manifest else GPT2_TOKENS
         self.paths, self.shards = open_shards(data_dir, split, self.manifest)
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.tokens = int(self.ends[-1])

@@ -14,6 +14,7 @@ import tiktoken
 from lib.cli import UserError
 
 END_OF_TEXT = "<|endoftext|>"  # stands before each document
+GPT2_TOKENS = 50257
 # what a token is called, and a prompt that shows what a model has learned
 UNIT = {"gpt2": "token", "bytes": "byte"}
 PROMPT = {"gpt2": "Hello, I'm a language model,", "bytes": "Return the "}
