@@ -72,6 +72,25 @@ def test_chunked_loss_is_cross_entropy(V):
         assert (got - exact).norm() <= 2 * (plain - exact).norm() + 1e-6 * exact.norm(), name
 
 
+@pytest.mark.parametrize("scale", [0.1, 3.0])  # losses of an untrained and of a well-trained model
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_chunked_loss_in_half_precision_is_as_near_the_truth_as_torchs(dtype, scale):
+    """The truth is float64 on the same rounded inputs; torch's is F.cross_entropy of logits of that precision."""
+    torch.manual_seed(0)
+    weight, targets = 0.06 * torch.randn(1000, 64), torch.randint(1000, (2048,))
+    x = scale * (torch.randn(2048, 64) + 10 * weight[targets])
+    x, weight = (t.to(dtype).float().requires_grad_() for t in (x, weight))
+    truth = F.cross_entropy(x.double() @ weight.double().T, targets)
+    with torch.autocast("cpu", dtype=dtype):
+        torchs = F.cross_entropy((x @ weight.T).float(), targets)
+        ours = linear_cross_entropy(x, weight, targets)
+    assert ours.dtype == torch.float32 and abs(ours - truth) < 2 * abs(torchs - truth) + 1e-4 * truth
+    for parameter in (x, weight):
+        losses = (truth, torchs, ours)
+        exact, plain, got = (torch.autograd.grad(loss, parameter, retain_graph=True)[0] for loss in losses)
+        assert got.dtype == torch.float32 and (got - exact).norm() < 1.2 * (plain - exact).norm()
+
+
 def test_chunked_loss_without_learning_keeps_no_gradient():
     x, weight = torch.randn(5, 4), torch.randn(11, 4, requires_grad=True)
     with torch.no_grad():
