@@ -129,7 +129,10 @@ def run_driver(tmp_path, start_method, *words, tokenizer="gpt2", shard_size=5_00
     return done
 
 
-@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+OTHER_METHODS = ["spawn", "forkserver"]
+
+
+@pytest.mark.parametrize("start_method", OTHER_METHODS)
 def test_start_methods_give_the_same_shards(start_method, tmp_path):
     documents = words_of(600)
     (tmp_path / "driver.py").write_text(DRIVER)
@@ -562,7 +565,7 @@ def test_the_demo_is_made_without_torch(start_method, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("start_method", ["fork", *(pytest.param(m, marks=pytest.mark.slow) for m in OTHER_METHODS)])
 def test_a_killed_worker_is_noticed_whatever_the_start_method(start_method, tmp_path):
     """The third batch of documents kills the process that tokenizes it."""
     (tmp_path / "driver.py").write_text("""

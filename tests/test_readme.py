@@ -65,6 +65,19 @@ def test_files_of_the_map_exist():
         assert any((ROOT / place / name).exists() for place in (".", "lib")) or name == "curve.png", name
 
 
+def test_the_picture_of_the_house_has_every_file():
+    (house,) = re.findall(r"```mermaid\n(flowchart LR.*?)```", README, re.DOTALL)
+    files = {str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.py"), *(ROOT / "lib").glob("*.py")]}
+    assert set(re.findall(r'"((?:lib/)?\w+\.py)"', house)) == files - {"lib/__init__.py"}
+
+
+def test_the_picture_of_the_model_has_its_parts():
+    (picture,) = re.findall(r"```mermaid\n(flowchart TB.*?)```", README, re.DOTALL)
+    parts = {name.split(".")[-2] for name, _ in GPT(GPTConfig(8, 16, 1, 1, 4)).named_parameters()} | {"lm_head"}
+    assert all(re.search(rf"\b{part}\b", picture) for part in parts), parts
+    assert f"Block, {GPTConfig.n_layer} times" in picture
+
+
 def python_block(containing: str) -> str:
     (block,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if containing in block]
     return block

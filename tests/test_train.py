@@ -201,7 +201,7 @@ def test_half_precision_learns_as_float32_does(dtype, loss_off, norm_off, data_d
     assert values(tmp_path / dtype, "train")[-1] < values(tmp_path / dtype, "train")[0] - 0.1
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float16"])
 def test_half_precision_goes_on_exactly_and_on_any_number_of_ranks(dtype, data_dir, tmp_path):
     common = {"data_dir": data_dir, "dtype": dtype}
     assert train.main(flags(log_dir=tmp_path / "whole", **common)) == 0
@@ -225,6 +225,7 @@ def test_a_loss_scale_that_falls_does_not_end_the_run(data_dir, tmp_path):
     assert values(tmp_path, "train")[-1] < values(tmp_path, "train")[0]
 
 
+@pytest.mark.slow
 def test_float16_that_is_never_finite_ends_the_run(data_dir, tmp_path):
     """The scale falls from 2^16 to 1 in 16 steps, then ten more are enough."""
     done = driver("nan_for_ever", 0, *flags(data_dir=data_dir, log_dir=tmp_path, dtype="float16", max_steps=60))
@@ -270,7 +271,7 @@ def test_a_linear_schedule_loses_nothing_when_it_is_extended(data_dir, tmp_path,
     assert "max_steps was 8: from here the decay ends at 12" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flag", [{"optimizer": "muon"}, {"shuffle": None}])
+@pytest.mark.parametrize("flag", [{"optimizer": "muon"}, pytest.param({"shuffle": None}, marks=pytest.mark.slow)])
 def test_opt_ins_go_on_exactly_and_on_any_number_of_ranks(flag, data_dir, trained, tmp_path):
     (name, value), common = *flag.items(), {"data_dir": data_dir}
     extra = [f"--{name}" if value is None else f"--{name}={value}"]
@@ -574,6 +575,7 @@ def test_signals_finish_the_step_save_and_leave(name, to, data_dir, long_run, tm
         assert_uninterrupted(tmp_path, long_run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["validation", "HellaSwag"])
 def test_a_signal_in_the_middle_of_an_evaluation(what, data_dir, tmp_path):
     """An evaluation of a minute, at step 6: saved and gone within 10 s, no step lost, and the next run measures it."""
