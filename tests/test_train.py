@@ -359,14 +359,22 @@ def test_bad_input_is_the_same_on_every_rank(data_dir, tmp_path):
     )
 
 
-def test_no_network_for_hellaswag_and_for_the_vocabulary(data_dir, tmp_path):
-    offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    done = script("train.py", *flags(data_dir=data_dir, log_dir=tmp_path / "log", hellaswag_every=4), env=offline)
+OFFLINE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
+
+
+@pytest.mark.slow
+def test_no_network_for_hellaswag(data_dir, tmp_path):
+    environment = OFFLINE | {"HF_HOME": str(tmp_path)}
+    words = flags(data_dir=data_dir, log_dir=tmp_path / "log", hellaswag_every=4)
+    done = script("train.py", *words, env=environment)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "HellaSwag can't be fetched" in done.stderr and "--hellaswag_every 0" in done.stderr
+
+
+def test_no_network_for_the_vocabulary(tmp_path):
     write_shards(tmp_path / "gpt2", {"val": [600], "train": [3000]}, manifest=False)
-    empty = offline | {"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "HTTPS_PROXY": "http://127.0.0.1:9"}
-    done = script("train.py", *flags(data_dir=tmp_path / "gpt2", log_dir=tmp_path / "log"), env=empty)
+    environment = OFFLINE | {"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty")}
+    done = script("train.py", *flags(data_dir=tmp_path / "gpt2", log_dir=tmp_path / "log"), env=environment)
     assert done.returncode == 2 and "GPT-2's vocabulary is not on this machine" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
 
