@@ -288,10 +288,8 @@ def save(config: TrainConfig, ranks: Ranks, log: metrics.Log, state: dict, best:
     except (SaveError, OSError) as error:
         ranks.say(f"WARNING: saving step {step} in {config.log_dir}: {error}; earlier checkpoints are intact")
         return False
-    try:
-        remove_older(config.log_dir, step, config.keep_every)
-    except OSError as error:
-        ranks.say(f"WARNING: an older checkpoint could not be removed: {error}")
+    for problem in [] if best else remove_older(config.log_dir, step, config.keep_every):
+        ranks.say(f"WARNING: an older checkpoint could not be removed: {problem}")
     log.write(step, save_s=time.time() - start)
     ranks.say(f"saved {path} in {time.time() - start:.1f} s")
     return True
@@ -307,7 +305,9 @@ def state_to_go_on_from(config: TrainConfig, ranks: Ranks, data: Data) -> tuple[
     if state is None:
         state = {"step": 0, "val_loss": None, "train_config": vars(config), "precision": precision}
         return first_model(config, data.train), state | {"source": config.init_from}
-    state.setdefault("precision", precision if ranks.device.type == "cuda" else "float32")  # of an older version
+    if "precision" not in state and config.dtype == "auto" and ranks.device.type == "cpu":
+        precision = "float32"  # as older versions, which did not say so, took it
+    state.setdefault("precision", precision)
     check_same_run(config, data.train.identity(), state, path)
     for reason in damaged:
         ranks.say(f"WARNING: {reason}: passed over")

@@ -59,14 +59,19 @@ def save_checkpoint(log_dir, state: dict, best: bool = False) -> Path:
     return path
 
 
-def remove_older(log_dir, step: int, keep_every: int) -> None:
-    """Remove the checkpoints before `step` but for the last one and each multiple of keep_every (0: none)."""
-    paths = checkpoint_paths(log_dir)
+def remove_older(log_dir, step: int, keep_every: int) -> list[OSError]:
+    """Remove the checkpoints before `step` but for the last one and each multiple of keep_every (0: none). Returns the
+    errors of those that stay."""
+    paths, errors = checkpoint_paths(log_dir), []
     for older in sorted(s for s in paths if s < step)[:-1]:
         if not (keep_every and older % keep_every == 0):
-            file = open(paths[older], "rb")
-            paths[older].unlink()  # the name goes now; freeing the blocks is slow, so a thread closes the last handle
-            threading.Thread(target=file.close).start()
+            try:
+                file = open(paths[older], "rb")
+                paths[older].unlink()  # the name goes now; freeing the blocks is slow: a thread closes the last handle
+                threading.Thread(target=file.close).start()
+            except OSError as error:
+                errors.append(error)
+    return errors
 
 
 def check_finite(state: dict) -> None:

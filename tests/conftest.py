@@ -67,6 +67,7 @@ os.chdir(request["cwd"])
 os.environ.clear()
 os.environ.update(request["env"])
 sys.argv, sys.path[0] = request["argv"], os.path.dirname(request["argv"][0])
+sys.path[1:1] = request["env"].get("PYTHONPATH", "").split(os.pathsep)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 waiting = []

@@ -289,7 +289,7 @@ def test_the_best_weights_are_kept(data_dir, tmp_path):
     """At a rate that is too high the loss turns; the best is exported with its own loss and step."""
     import export
 
-    words = flags(data_dir=data_dir, log_dir=tmp_path, max_lr=0.3, val_every=1, save_every=0, warmup_steps=0)
+    words = flags(data_dir=data_dir, log_dir=tmp_path, max_lr=0.3, val_every=1, save_every=4, warmup_steps=0)
     assert train.main([*words, "--keep_best"]) == 0
     losses = dict(metrics.read_log(tmp_path)["val"])
     step = min(losses, key=losses.get)
@@ -297,6 +297,7 @@ def test_the_best_weights_are_kept(data_dir, tmp_path):
     best = load_checkpoint(tmp_path / "model_best.pt")
     assert (best["step"], best["val_step"]) == (step, step) and float(f"{best['val_loss']:.6g}") == losses[step]
     assert load_checkpoint(tmp_path / "model_checkpoint.pt")["step"] == 8
+    assert (tmp_path / "model_00004.pt").exists()  # saving the best removes no other
     assert export.main(["--model", str(tmp_path / "model_best.pt"), "--out", str(tmp_path / "out")]) == 0
     assert f"| validation loss | {best['val_loss']:.4f} nats per byte |" in (tmp_path / "out" / "README.md").read_text()
 
