@@ -67,7 +67,6 @@ os.chdir(request["cwd"])
 os.environ.clear()
 os.environ.update(request["env"])
 sys.argv, sys.path[0] = request["argv"], os.path.dirname(request["argv"][0])
-sys.path[1:1] = request["env"].get("PYTHONPATH", "").split(os.pathsep)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 waiting = []
@@ -76,7 +75,7 @@ waiting = []
 def script(*words, env=None, cwd=None, input="", timeout=300) -> subprocess.CompletedProcess:
     """Run `python script.py ...` to its end and return what it printed."""
     argv, env = [str(ROOT / words[0]), *map(str, words[1:])], os.environ | (env or {})
-    if "LD_PRELOAD" in env or words[0] == "data_generator.py":
+    if "LD_PRELOAD" in env or words[0] == "data_generator.py" or Path(words[0]).is_absolute():
         options = {"capture_output": True, "text": True, "timeout": timeout, "input": input}
         return subprocess.run([sys.executable, *argv], env=env, cwd=cwd, **options)
     if not waiting:
