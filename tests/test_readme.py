@@ -78,6 +78,30 @@ def test_the_picture_of_the_model_has_its_parts():
     assert f"Block, {GPTConfig.n_layer} times" in picture
 
 
+PRINTED_BY = {  # each message of Troubleshooting, and the test that has it printed
+    "does not fit into memory": ("test_train", '"memory": (["--vocab_size'),
+    "is not a multiple of --batch_size": ("test_train", "100 is not a multiple"),
+    "there are no train shards in": ("test_train", "no train shards in nowhere"),
+    "HellaSwag can't be fetched from the Hub": ("test_train", "HellaSwag can't be fetched"),
+    "GPT-2's vocabulary is not on this machine": ("test_train", "GPT-2's vocabulary is not on this machine"),
+    "was begun with other settings": ("test_data_generator", "shard_size was 20000, is 30000"),
+    "is of a run with other settings": ("test_train", "max_lr was 0.0006, is 0.001"),
+    "is being written by process": ("test_files", "is being written by process"),
+    "this file system has no locks": ("test_files", "has no locks: two jobs that write to"),
+    "could not be saved": ("test_train", "model_00003.pt could not be saved"),
+    "not finite, the update is skipped": ("test_train", '"4 skipped 1"'),
+    "is damaged or not a checkpoint": ("test_checkpoint", "is damaged or not a checkpoint"),
+}
+
+
+def test_each_message_of_troubleshooting_is_printed_by_a_test():
+    lines = re.findall(r'^- ((?:".*?",? ?)+): ', README.partition("## Troubleshooting")[2], re.MULTILINE)
+    messages = re.findall(r'"(.*?)"', " ".join(lines))
+    assert messages == list(PRINTED_BY)
+    for name, text in PRINTED_BY.values():
+        assert text in (ROOT / "tests" / f"{name}.py").read_text(), (name, text)
+
+
 def python_block(containing: str) -> str:
     (block,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if containing in block]
     return block
