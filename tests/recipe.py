@@ -15,7 +15,9 @@ that rate; then the best recipe in fewer steps, each run with its own decay.
 """
 
 import hashlib
+import itertools
 import json
+import math
 import os
 import random
 import statistics
@@ -29,7 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS, PICTURE = ROOT / "tests" / "recipe.json", ROOT / "tests" / "recipe.png"
 STEPS, TOKENS_PER_STEP, WARMUP = 1000, 4096, 40
-GRID, SEEDS, SHARES = (1.5e-3, 3e-3, 6e-3, 1.2e-2), (1, 2, 3), (0.5, 0.66, 0.8)
+GRID, SEEDS, SHARES = (1.5e-3, 3e-3, 6e-3, 1.2e-2), (1, 2, 3), (0.15, 0.25, 0.5, 0.66, 0.8)
+NAMES = {"A": "AdamW, cosine", "B": "AdamW, linear to 0", "C": "Muon, QKV whole", "D": "Muon, q, k, v apart"}
 LINEAR = ["--schedule=linear", "--min_lr=0"]
 ARMS = {"A": [], "B": LINEAR, "C": [*LINEAR, "--optimizer=muon"], "D": [*LINEAR, "--optimizer=muon"]}
 MODEL = "--n_layer=4 --n_head=4 --n_embd=128 --seq_len=128 --batch_size=16 --total_batch_size=4096".split()
@@ -122,6 +125,36 @@ class Experiment:
     def mean(self, arm, lr, steps=STEPS) -> float:
         return statistics.mean(self.losses(arm, lr, steps=steps).values())
 
+    def tokens_to_reach(self, loss: float, arm: str, lr: float, seed: int) -> float:
+        """Tokens at which the arm's finished runs of this seed reach a loss, on the line between the nearest two."""
+        mine = [r for r in self.runs if (r["arm"], r["lr"], r["seed"]) == (arm, lr, seed)]
+        runs = sorted((r["steps"], r["val_loss"]) for r in mine)
+        for (fewer, above), (more, below) in itertools.pairwise(runs):
+            if above >= loss >= below:
+                return TOKENS_PER_STEP * (fewer + (more - fewer) * (above - loss) / (above - below))
+        return math.nan  # its shortest run is better already
+
+    def draw(self, best: dict, winner: str) -> None:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(12, 4.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for arm in ARMS:
+            points = sorted((lr, loss) for (lr, _), loss in self.losses(arm, seeds=(0,)).items())
+            left.plot(*zip(*points, strict=True), "o-", label=NAMES[arm])
+        left.set(xscale="log", xlabel="learning rate", ylabel="final validation loss (nats per byte)")
+        reference = self.losses("A", best["A"]).values()
+        right.axhline(statistics.mean(reference), color="tab:blue", linestyle="--", label=f"{NAMES['A']}, all tokens")
+        right.axhspan(min(reference), max(reference), color="tab:blue", alpha=0.15)
+        dots = [(r["steps"] * TOKENS_PER_STEP, r["val_loss"]) for r in self.runs
+                if r["arm"] == winner and r["lr"] == best[winner] and r["seed"] in SEEDS]  # fmt: skip
+        right.plot(*zip(*sorted(dots), strict=True), "o", color="tab:red", label=f"{NAMES[winner]}, a run a dot")
+        right.set(xlabel="tokens of the run", ylabel="final validation loss (nats per byte)")
+        for axis in (left, right):
+            axis.grid(alpha=0.3)
+            axis.legend()
+        figure.savefig(PICTURE, dpi=120)
+
     def write(self, summary: dict) -> None:
         setting = {"tokens_per_step": TOKENS_PER_STEP, "steps": STEPS, "warmup_steps": WARMUP, "model": MODEL}
         lines = ",\n  ".join(json.dumps(r) for r in self.runs)
@@ -138,7 +171,12 @@ def main() -> None:
     experiment.complete([(arm, best[arm], seed, STEPS) for arm in ARMS for seed in SEEDS])
     winner = min("BCD", key=lambda arm: experiment.mean(arm, best[arm]))
     experiment.complete([(winner, best[winner], seed, round(STEPS * s)) for s in SHARES for seed in SEEDS])
-    experiment.write({"best_lr": best, "winner": winner})
+    target = experiment.mean("A", best["A"])
+    tokens = [experiment.tokens_to_reach(target, winner, best[winner], seed) for seed in SEEDS]
+    losses = {arm: list(experiment.losses(arm, best[arm]).values()) for arm in ARMS}
+    summary = {"best_lr": best, "winner": winner, "losses_of_three_seeds": losses, "loss_to_reach": target}
+    experiment.write(summary | {"share_of_tokens_to_reach_it": [t / (STEPS * TOKENS_PER_STEP) for t in tokens]})
+    experiment.draw(best, winner)
 
 
 if __name__ == "__main__":
