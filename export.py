@@ -57,8 +57,11 @@ print(generator("{{ prompt }}", max_new_tokens=50)[0]["generated_text"])
 | steps | {{ "{:,}".format(step) }} of {{ "{:,}".format(train.total_batch_size) }} tokens, \
 sequences of {{ train.seq_len }} |
 | learning rate | {{ "%g" % train.max_lr }} after {{ train.warmup_steps }} steps of warm-up, \
-cosine to {{ "%g" % train.min_lr }} at step {{ "{:,}".format(train.max_steps) }} |
-| optimizer | AdamW, betas 0.9 and 0.95, weight decay {{ "%g" % train.weight_decay }}, \
+{% if train.schedule == "linear" %}constant, linear in the last \
+{{ "{:,}".format(train.decay_steps or train.max_steps // 2) }} steps{% else %}cosine{% endif %} \
+to {{ "%g" % train.min_lr }} at step {{ "{:,}".format(train.max_steps) }} |
+| optimizer | {% if train.optimizer == "muon" %}Muon for the matrices of the blocks, else {% endif %}\
+AdamW, betas 0.9 and 0.95, weight decay {{ "%g" % train.weight_decay }}, \
 gradients clipped at {{ "%g" % train.grad_clip }} |
 {% if run %}| hardware | {{ run.hardware }}, {{ run.precision }} |
 {% endif %}{% if loss %}| validation loss | {{ "%.4f" % loss.value }} nats per {{ unit }}{{ loss.at }} |

@@ -21,6 +21,7 @@ import metrics
 import train
 from lib.checkpoint import load_checkpoint
 from lib.ranks import Ranks
+from lib.shards import count_micro_steps
 from train import TrainConfig, due, get_lr
 
 
@@ -181,6 +182,14 @@ def test_demo_preset_is_a_run_of_the_script():
     assert (config.data_dir, config.n_layer, config.max_steps) == ("demo/data", 4, 7)
 
 
+@pytest.mark.parametrize("preset", [name for name in train.PRESETS if name != "demo"])
+def test_presets_share_out_their_step_on_one_and_eight_gpus(preset):
+    config = train.parse(TrainConfig, ["--preset", preset], "", train.PRESETS)
+    train.check_config(config)
+    for ranks in (1, 8):
+        assert count_micro_steps(config.seq_len, config.batch_size, config.total_batch_size, ranks) >= 1
+
+
 # ---- precision ----
 
 
@@ -271,7 +280,7 @@ def test_a_linear_schedule_loses_nothing_when_it_is_extended(data_dir, tmp_path,
     assert "max_steps was 8: from here the decay ends at 12" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flag", [{"optimizer": "muon"}, pytest.param({"shuffle": None}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flag", [{"preset": "gpt2-fast"}, pytest.param({"shuffle": None}, marks=pytest.mark.slow)])
 def test_opt_ins_go_on_exactly_and_on_any_number_of_ranks(flag, data_dir, trained, tmp_path):
     (name, value), common = *flag.items(), {"data_dir": data_dir}
     extra = [f"--{name}" if value is None else f"--{name}={value}"]
@@ -283,6 +292,16 @@ def test_opt_ins_go_on_exactly_and_on_any_number_of_ranks(flag, data_dir, traine
     assert torchrun(2, "train.py", *flags(log_dir=tmp_path / "two", **common), *extra).returncode == 0
     assert_log_close(comparable_log(tmp_path / "two"), comparable_log(tmp_path / "whole"))
     assert values(tmp_path / "whole", "train") != values(trained, "train")
+
+
+def test_gpt2_fast_is_published_as_any_other_run(data_dir, tmp_path):
+    import export
+
+    assert train.main([*flags(data_dir=data_dir, log_dir=tmp_path / "log"), "--preset=gpt2-fast"]) == 0
+    assert export.main(["--model", str(tmp_path / "log"), "--out", str(tmp_path / "GPT")]) == 0
+    card = (tmp_path / "GPT" / "README.md").read_text()
+    assert " of warm-up, constant, linear in the last 4 steps to " in card
+    assert "| optimizer | Muon for the matrices of the blocks, else AdamW, betas " in card
 
 
 def test_the_best_weights_are_kept(data_dir, tmp_path):
