@@ -230,11 +230,14 @@ def start_worker(tokenizer: str) -> None:
 def encode_documents(texts: list[str], path: str) -> None:
     """Write <|endoftext|> and the tokens of each text to a file of uint16. Text is text: a literal "<|endoftext|>" in
     it does not become the token."""
-    tokens = []
+    arrays = []
     for text in texts:
-        tokens.append(encoding.eot_token)
-        tokens.extend(encoding.encode_ordinary(text))
-    np.array(tokens, dtype=np.uint16).tofile(path)  # numpy raises for ids that don't fit
+        arrays.append(np.array([encoding.eot_token]))
+        try:
+            arrays.append(encoding.encode_to_numpy(text, disallowed_special=()))
+        except UnicodeEncodeError:  # lone surrogates, which encode_ordinary replaces
+            arrays.append(np.array(encoding.encode_ordinary(text)))
+    np.concatenate(arrays).astype(np.uint16).tofile(path)  # both tokenizers have less than 2^16 tokens
 
 
 def tokenized(batches, pool, directory: str, in_flight: int):
