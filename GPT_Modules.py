@@ -2,14 +2,14 @@
 
     config = GPTConfig()                                   # 124M
     model = GPT(config)
-    _, loss = model(idx, targets)                          # to learn
-    logits, _ = model(idx)                                 # to look
-    tokens = model.generate(idx, max_new_tokens=64)        # to write
+    _, loss = model(idx, targets)                          # training
+    logits, _ = model(idx)                                 # inference
+    tokens = model.generate(idx, max_new_tokens=64)        # sampling
     model = GPT.from_pretrained("gpt2")                    # OpenAI's weights, or a folder of ours
 
 Shapes: B batch, T tokens, C channels (n_embd), H heads, D = C/H channels of a head, V vocabulary (rows of wte).
-The names of the weights are those of OpenAI's GPT-2. Read from the bottom of a block upwards: attention lets tokens
-exchange information, the MLP digests it for each token alone, and both add to a residual stream of C channels.
+The names of the weights are those of OpenAI's GPT-2. In a block, attention moves information between tokens, the MLP
+computes on each token alone, and both add their result to a residual stream of C channels.
 """
 
 import contextlib

@@ -46,7 +46,7 @@ class TrainConfig:
     n_embd: PositiveInt | None = None  # channels (default: 768, or what --init_from has)
     vocab_size: PositiveInt | None = None  # rows of the token table (default: the tokenizer's, up to a multiple of 64)
     block_size: PositiveInt | None = None  # longest context in tokens (default: seq_len, or what --init_from has)
-    # the places
+    # directories
     data_dir: str = DATA_DIR  # shards to learn from
     log_dir: str = "log"  # log, curve and checkpoints
     resume: Literal["auto", "never"] = "auto"  # go on from the newest checkpoint in log_dir, or insist on a new run
@@ -64,7 +64,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks; the rest takes AdamW
     weight_decay: float = 0.1  # AdamW's, on matrices only
     grad_clip: PositiveFloat = 1.0  # largest norm of the gradient
-    # looking and keeping
+    # evaluation and checkpoints
     val_every: int = 250  # steps between validations; 0 switches off
     val_tokens: PositiveInt = 10_485_760  # tokens of a validation: 20 steps' worth
     hellaswag_every: int = 250  # steps between HellaSwag evaluations; 0 switches off

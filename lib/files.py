@@ -42,13 +42,13 @@ def again_if_stale(function):
     was replaced by another machine, and asks the server anew the next time."""
 
     @functools.wraps(function)
-    def call(*words, **options):
+    def call(*args, **kwargs):
         try:
-            return function(*words, **options)
+            return function(*args, **kwargs)
         except OSError as error:
             if error.errno != errno.ESTALE:
                 raise
-            return function(*words, **options)
+            return function(*args, **kwargs)
 
     return call
 

@@ -1,4 +1,4 @@
-"""Who we are: the processes of a run, what they do together, and when they are asked to stop.
+"""The processes of a run (ranks): what they compute together, and the signals that stop them.
 
 torchrun starts one process per GPU and tells each its rank. Without torchrun there is one process, its world_size is 1,
 and everything here stays inside it.

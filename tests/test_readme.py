@@ -148,7 +148,7 @@ def test_sft_and_dpo_as_printed(small_gpt2):
     """One step and more of each: the loss is finite and falls; DPO begins at ln 2."""
     block = python_block("SFTTrainer")
     assert len([line for line in block.splitlines() if line]) <= 20
-    block += "\nimport json\nlogs = [[l['loss'] for l in t.state.log_history if 'loss' in l] for t in (tutor, judge)]\n"
+    block += "\nimport json\nlogs = [[l['loss'] for l in t.state.log_history if 'loss' in l] for t in (sft, dpo)]\n"
     block += "json.dump([[float(l) for l in log] for log in logs], open('losses.json', 'w'))\n"
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
