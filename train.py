@@ -91,10 +91,10 @@ PRESETS = {  # learning rates: table 2.1 of Brown et al. 2020 for each size. bat
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "max_lr": 2.5e-4, "min_lr": 2.5e-5, "batch_size": 32},
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "max_lr": 2e-4, "min_lr": 2e-5, "batch_size": 16},
     "demo": {
-        "data_dir": DEMO_DATA_DIR, "log_dir": "demo/log", "n_layer": 4, "n_head": 4, "n_embd": 128, "seq_len": 64,
-        "batch_size": 8, "total_batch_size": 512, "max_steps": 6000, "warmup_steps": 150, "max_lr": 3e-3,
-        "min_lr": 0.0, "val_every": 500, "val_tokens": 76_800, "hellaswag_every": 0, "sample_every": 1500,
-        "save_every": 500, "keep_every": 0,
+        "data_dir": DEMO_DATA_DIR, "log_dir": "demo/log", "n_layer": 4, "n_head": 4, "n_embd": 128, "seq_len": 128,
+        "batch_size": 8, "total_batch_size": 1024, "max_steps": 2500, "warmup_steps": 100, "optimizer": "muon",
+        "schedule": "linear", "max_lr": 4e-3, "min_lr": 0.0, "val_every": 250, "val_tokens": 76_800,
+        "hellaswag_every": 0, "sample_every": 500, "save_every": 250, "keep_every": 0, "dtype": "float32",
     },
 }  # fmt: skip
 
