@@ -117,8 +117,8 @@ class GPT(nn.Module):
         """The last layer's output for tokens idx (B, T): (B, T, C), C channels for each token.
 
         pos (T,) or (B, T): positions, if they are not 0..T-1. mask (B, 1, T, T) bool: which tokens (last dimension)
-        each token sees, if not all before it. cache: a KVCache for each layer; idx are the tokens after those
-        in it. Raises ValueError if a token would stand beyond block_size.
+        each token sees, if not all before it. cache: a KVCache for each layer; idx is the whole prompt while
+        they are empty, then one token at a time. Raises ValueError if a token would stand beyond block_size.
         """
         if pos is None:
             start = cache[0].length if cache else 0
@@ -180,7 +180,7 @@ class GPT(nn.Module):
     def configure_optimizers(self, weight_decay: float, learning_rate: float, muon: bool = False) -> torch.optim.AdamW:
         """AdamW as GPT-3's (Brown et al. 2020, appendix B): matrices decay, biases and LayerNorms don't.
 
-        muon: the matrices of the blocks take Muon's steps instead, and the token table one twice as large as the rest.
+        muon: Muon updates the matrices of the blocks, AdamW the rest, the token table at twice the learning rate.
         """
         parameters = dict(self.named_parameters())
         blocks = [p for name, p in parameters.items() if p.dim() == 2 and name.startswith("transformer.h.")]
@@ -256,6 +256,7 @@ class KVCache:
 
     def append(self, k, v):
         """Add keys and values of T new tokens, each (B, H, T, D); return those of all, each (B, H, length, D)."""
+        assert self.length == 0 or k.size(2) == 1, "after the prompt, one token at a time: there is no mask"
         if self.length == 0:
             B, H, _, D = k.shape
             self.k, self.v = k.new_empty(2, B, H, self.block_size, D)
@@ -289,8 +290,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         n, V, w = x.size(0), weight.size(0), weight.to(x.dtype)
         slices = max(1, n * V // SLICE.get(x.device.type, 2**25))
         rows, vocabulary = math.ceil(n / slices), torch.arange(V, device=x.device)
-        # Inductor keeps logits as long as anything reads them, and computes in one kernel what needs no indexing into
-        # them: so the target's logit is computed apart, and one_hot is a comparison. Eagerly, indexing is faster.
+        # Compiled, indexing into the logits (gather, scatter) keeps Inductor from fusing, and the logits in memory; so
+        # the target's logit is a dot product, and one_hot a comparison. Eagerly, indexing is faster.
         fused = torch.compiler.is_compiling()
         loss = x.new_zeros((), dtype=torch.float32)
         grad_x = torch.empty_like(x) if learning else None
@@ -298,7 +299,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         for i in range(0, n, rows):
             x_i, targets_i = x[i : i + rows], targets[i : i + rows, None]  # (rows, C), (rows, 1)
             logits = (x_i @ w.T).float()  # (rows, V); from here in place, because it is large
-            target_logits = dot(x_i, w[targets_i[:, 0]]) if fused else logits.gather(1, targets_i)  # (rows, 1)
+            if fused:
+                target_logits = (x_i.float() * w[targets_i[:, 0]].float()).sum(dim=1, keepdim=True)  # (rows, 1)
+            else:
+                target_logits = logits.gather(1, targets_i)
             highest = logits.amax(dim=1, keepdim=True)
             probs = logits.sub_(highest).exp_()
             total = probs.sum(dim=1, keepdim=True)
@@ -320,11 +324,6 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight = ctx.saved_tensors
         scale = grad_loss / ctx.n  # here and not above: in float16, a probability divided by n is often 0
         return grad_x * scale, grad_weight * scale, None, None
-
-
-def dot(a, b):
-    """(n, C), (n, C) -> (n, 1), float32"""
-    return (a.float() * b.float()).sum(dim=1, keepdim=True)
 
 
 @torch.library.custom_op("gpt124m::add_product", mutates_args={"total"})
@@ -385,7 +384,7 @@ def orthogonalize(matrices):
     return (X.mT if matrices.size(1) > matrices.size(2) else X).to(matrices.dtype)
 
 
-# Attention for shapes that change with every call: not cuDNN's, torch's choice on Hopper, which plans each shape anew.
+# Attention for shapes that change with every call: not cuDNN's (torch's choice on Hopper), which plans each shape anew.
 CHANGING_SHAPES = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # OpenAI kept these weights as (inputs, outputs); nn.Linear wants (outputs, inputs).

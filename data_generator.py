@@ -32,7 +32,7 @@ from lib.files import only_writer
 from lib.shards import DATA_DIR, DEMO_DATA_DIR, FINEWEB_EDU, ShardWriter, read_manifest
 from lib.tokenizer import get_tokenizer
 
-FINEWEB_EDU_10B_TOKENS = 9_970_000_000  # of sample-10BT, give or take a few hundredths
+FINEWEB_EDU_10B_TOKENS = 9_950_000_000  # of sample-10BT, about
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 BATCH = 256  # documents that go to a worker at a time
@@ -418,6 +418,8 @@ def main(argv=None) -> int:
     written = write_data_set(config)["shards"]
     tokens, documents = (sum(shard[key] for shard in written) for key in ("tokens", "documents"))
     seconds = "; it was complete already" if before else f" in {time.time() - start:.0f} s"
+    if before and config.max_tokens is not None and tokens < config.max_tokens:
+        seconds += f" and does not grow to --max_tokens {config.max_tokens:,}: that takes another --data_dir"
     print(
         f"{config.data_dir}: {count(documents, 'document')}, {tokens:,} tokens, {count(len(written), 'shard')}, "
         f"{2 * tokens:,} bytes{seconds}"

@@ -199,7 +199,7 @@ def write_folder(config: ExportConfig, folder: Path) -> float:
     if log_dir and (log_dir / "curve.png").exists():
         shutil.copyfile(log_dir / "curve.png", folder / "curve.png")
     save_file(export_weights(exported), folder / "model.safetensors", metadata={"format": "pt"})
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors gives it to its owner alone
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors writes it with mode 600
 
     tokens = encoding.encode_ordinary(card)[: model.config.block_size]
     idx = torch.tensor([tokens])  # (1, T)
@@ -228,6 +228,7 @@ def export(config: ExportConfig) -> None:
         difference = write_folder(config, temporary)
         sync_directory(temporary)
         if out.exists():
+            shutil.rmtree(old, ignore_errors=True)  # of an earlier process that was killed
             out.rename(old)
         temporary.rename(out)
         sync_directory(out.parent)

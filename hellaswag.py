@@ -101,6 +101,8 @@ def check_example(example: dict, style: str) -> dict:
     for name in FIELDS[style]:
         if not isinstance(example[name], str):
             raise ValueError(f"{name} is {example[name]!r}, not a text")
+    if style == "completion" and not example["ctx"]:
+        raise ValueError("ctx is empty")
     endings = example["endings"]
     if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(e, str) and e for e in endings):
         raise ValueError(f"endings is {endings!r}, not a list of four texts")
@@ -137,7 +139,7 @@ class Questions:
     batches: list[dict[str, torch.Tensor]]
     labels: np.ndarray  # (n,)
     lengths: np.ndarray  # (n, 4)
-    n_vocab: int  # rows of the head that are tokens; those that pad it are no choice
+    n_vocab: int  # tokens; the rows that pad lm_head stay out of the softmax
 
 
 def prepare(
@@ -160,8 +162,6 @@ def prepare(
         contexts = {}
         for choice, ending in enumerate(example["endings"]):
             context, tokens, length = encode_choice(example, ending, encoding, style)
-            if not context or not tokens:
-                raise UserError(f"HellaSwag example {number + 1}: its context or ending {choice + 1} has no tokens")
             whole, tokens = context + tokens, tokens[-block_size:]
             context = tuple(whole[-(block_size + 1) : -len(tokens)])  # all but the last token are inputs
             lengths[number, choice] = length if style == "harness" else len(tokens)
@@ -229,10 +229,10 @@ def losses(model: GPT, questions: Questions, batches=None) -> np.ndarray:
     return sums.view(len(questions.labels), 4).cpu().double().numpy()
 
 
-def count_right(questions: Questions, losses: np.ndarray) -> tuple[int, int]:
+def count_right(questions: Questions, sums: np.ndarray) -> tuple[int, int]:
     """(right by summed loss, right by loss per token or character); of equal scores the first counts."""
-    right = losses.argmin(axis=1) == questions.labels
-    right_norm = (losses / questions.lengths).argmin(axis=1) == questions.labels
+    right = sums.argmin(axis=1) == questions.labels
+    right_norm = (sums / questions.lengths).argmin(axis=1) == questions.labels
     return int(right.sum()), int(right_norm.sum())
 
 
@@ -244,7 +244,7 @@ def share_out(examples: list[dict], encoding: tiktoken.Encoding, block_size: int
 
 def score(model: GPT, questions: Questions, n: int, ranks, autocast) -> float | None:
     """acc_norm over the n examples of all ranks, of which `questions` are this rank's share; None if a signal came
-    meanwhile. In float32 on a CPU."""
+    meanwhile. On a CPU always in float32."""
     with autocast if ranks.device.type != "cpu" else contextlib.nullcontext():
         sums = losses(model, questions, ranks.until_stopped(questions.batches))
     if ranks.stopping():

@@ -169,19 +169,19 @@ class Speed:
         """train: the TrainConfig of the run. ranks: its Ranks."""
         self.tokens_per_step, self.recent = train.total_batch_size, collections.deque(maxlen=50)
         peak = peak_flops(device_name(ranks.device)) if ranks.device.type == "cuda" and precision != "float32" else None
-        self.limit = peak * ranks.world_size / flops_per_token(model, train.seq_len) if peak else None  # tokens/s
+        self.peak_tok_s = peak * ranks.world_size / flops_per_token(model, train.seq_len) if peak else None
 
     def measure(self, seconds: float) -> dict[str, float]:
         """The log's values for a step that took so long: tok_s, and mfu where the GPU's peak is known."""
         self.recent.append(seconds)
         tok_s = self.tokens_per_step / seconds
-        return {"tok_s": tok_s} | ({"mfu": tok_s / self.limit} if self.limit else {})
+        return {"tok_s": tok_s} | ({"mfu": tok_s / self.peak_tok_s} if self.peak_tok_s else {})
 
     def line(self, steps_left: int) -> str:
         """The last step's speed for people, with the time that the rest will take at the median of the recent steps."""
         seconds = self.recent[-1]
         tok_s, eta = self.tokens_per_step / seconds, duration(steps_left * statistics.median(self.recent))
-        mfu = f" | MFU {tok_s / self.limit:.1%}" if self.limit else ""
+        mfu = f" | MFU {tok_s / self.peak_tok_s:.1%}" if self.peak_tok_s else ""
         return f"{1000 * seconds:.0f} ms | {tok_s:,.0f} tok/s{mfu} | ETA {eta}"
 
 
@@ -280,7 +280,7 @@ def open_tracker(name: str, log_dir: Path, run: dict):
         raise UserError(f"--tracker {name}: {first_line(error)}") from None
 
 
-def replay(config: MetricsConfig) -> int:
+def replay(config: MetricsConfig) -> None:
     """Send the whole log to the tracker, a step at a time; with follow, go on until the last step is there."""
     log_dir, sent = Path(config.log_dir), 0
     run = read_run(log_dir)
@@ -299,10 +299,10 @@ def replay(config: MetricsConfig) -> int:
                     send(step, steps[step])
                     sent = step + 1
             if not config.follow or newest >= last_step:
-                return sent
+                return
             time.sleep(2)
     except KeyboardInterrupt:
-        return sent
+        pass
     finally:
         close()
 

@@ -57,12 +57,12 @@ class TrainConfig:
     # the schedule
     max_steps: PositiveInt = 19_073  # updates: 10 billion tokens in steps of 2^19
     warmup_steps: int = 715  # updates of linear warm-up: 375 million tokens, as GPT-3's
-    schedule: Literal["cosine", "linear"] = "cosine"  # from max_lr to min_lr: all the way, or in the last decay_steps
+    schedule: Literal["cosine", "linear"] = "cosine"  # down to min_lr from the warm-up on, or in the last decay_steps
     decay_steps: PositiveInt | None = None  # of the linear schedule: updates of its decay (default: half of max_steps)
     max_lr: PositiveFloat = 6e-4  # learning rate after the warm-up: GPT-3 124M's
     min_lr: float = 6e-5  # learning rate at the end
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks; the rest takes AdamW
-    weight_decay: float = 0.1  # AdamW's, on matrices only
+    weight_decay: float = 0.1  # of matrices and embedding tables
     grad_clip: PositiveFloat = 1.0  # largest norm of the gradient
     # evaluation and checkpoints
     val_every: int = 250  # steps between validations; 0 switches off
@@ -83,7 +83,7 @@ class TrainConfig:
     seed: int = 1337  # of the first weights and of --shuffle
 
 
-PRESETS = {  # learning rates: table 2.1 of Brown et al. 2020 for each size. batch_size: what fits into 80 GB
+PRESETS = {  # gpt2 to gpt2-xl: learning rates of table 2.1 of Brown et al. 2020; batch_size: what fits into 80 GB
     "gpt2": {},
     "gpt2-fast": {"optimizer": "muon", "schedule": "linear", "max_lr": 1.8e-3, "min_lr": 0.0, "warmup_steps": 250,
                   "max_steps": 9536},  # half the tokens: "Sooner to the same loss" in README
@@ -98,7 +98,7 @@ PRESETS = {  # learning rates: table 2.1 of Brown et al. 2020 for each size. bat
     },
 }  # fmt: skip
 
-# What a continued run may change: it leaves tokens and mathematics as they were. max_steps may grow.
+# What a continued run may change: neither the tokens of a step nor its update. max_steps may grow.
 MAY_CHANGE = {
     "preset", "data_dir", "log_dir", "resume", "batch_size", "max_steps", "val_every", "val_tokens", "hellaswag_every",
     "hellaswag_data", "sample_every", "save_every", "keep_every", "keep_best", "device", "compile", "recompute",
@@ -107,14 +107,12 @@ MAY_CHANGE = {
 MODEL_FLAGS = tuple(field.name for field in dataclasses.fields(GPTConfig))
 SKIPS_IN_A_ROW = 10  # updates that may be skipped for NaN or Inf before the run is given up
 NOT_FINITE = """loss or gradient were not finite {skips} times in a row, up to step {step}.
-HINT: the last good checkpoint is in {log_dir}; try a lower --max_lr or --dtype float32 from there"""
-NEXT = """next: python sample.py --model {model}
-      python export.py --model {model} --out GPT124M"""
+HINT: {log_dir} has the last good weights: --init_from {log_dir}, another --log_dir, and a lower --max_lr"""
 
 
 def get_lr(step: int, config: TrainConfig) -> float:
     """Learning rate of the update after `step` updates: linear warm-up to max_lr, then down to min_lr at max_steps, by
-    a cosine; or constant, and down by a line in the last decay_steps."""
+    a cosine; or constant, then linearly over the last decay_steps."""
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps
     if config.schedule == "linear":
@@ -135,6 +133,8 @@ def check_config(config: TrainConfig) -> None:
     """Raise UserError for values that contradict each other; the bounds of single ones stand beside their fields."""
     if config.min_lr > config.max_lr:
         raise UserError(f"--min_lr {config.min_lr} is above --max_lr {config.max_lr}")
+    if config.decay_steps and config.schedule == "cosine":
+        raise UserError(f"--decay_steps {config.decay_steps} belongs to --schedule linear; the cosine has none")
     if config.val_every and config.val_tokens < config.total_batch_size:
         raise UserError(
             f"--val_tokens {config.val_tokens} is less than one step, --total_batch_size {config.total_batch_size}: "
@@ -158,11 +158,11 @@ class Data:
 
 def open_data(config: TrainConfig, ranks: Ranks) -> Data:
     """Raises UserError if the shards, the tokenizer or HellaSwag can't be had, before anything is written."""
-    shares = config.seq_len, config.batch_size, config.total_batch_size, ranks.rank, ranks.world_size
+    layout = config.seq_len, config.batch_size, config.total_batch_size, ranks.rank, ranks.world_size
     pin_memory = ranks.device.type == "cuda"
     shuffle = config.seed if config.shuffle else None
-    train = TokenLoader(config.data_dir, "train", *shares, pin_memory=pin_memory, shuffle=shuffle)
-    val = TokenLoader(config.data_dir, "val", *shares, pin_memory=pin_memory) if config.val_every else None
+    train = TokenLoader(config.data_dir, "train", *layout, pin_memory=pin_memory, shuffle=shuffle)
+    val = TokenLoader(config.data_dir, "val", *layout, pin_memory=pin_memory) if config.val_every else None
     val_steps = min(config.val_tokens // config.total_batch_size, val.steps) if val else 0
     examples = hellaswag.load_examples(config.hellaswag_data) if config.hellaswag_every else []
     return Data(train, val, val_steps, get_tokenizer(train.tokenizer), examples)
@@ -173,12 +173,11 @@ def first_model(config: TrainConfig, loader: TokenLoader) -> GPT:
     given = {name: getattr(config, name) for name in MODEL_FLAGS if getattr(config, name) is not None}
     if config.init_from == "scratch":
         padded = math.ceil(loader.n_vocab / 64) * 64  # GPUs like multiples of 64
+        torch.manual_seed(config.seed)
         try:
-            gpt_config = GPTConfig(**{"vocab_size": padded, "block_size": config.seq_len} | given)
+            model = GPT(GPTConfig(**{"vocab_size": padded, "block_size": config.seq_len} | given))
         except ValueError as error:
             raise UserError(f"--{error}") from None
-        torch.manual_seed(config.seed)
-        model = GPT(gpt_config)
     else:
         model, tokenizer = load_model(config.init_from)
         for name, value in given.items():
@@ -205,7 +204,7 @@ def check_same_run(config: TrainConfig, data: dict, checkpoint: dict, path) -> N
     if "optimizer" not in checkpoint:
         raise UserError(f"{path} has weights only, no run to continue: use --init_from {path} and another --log_dir")
     now, model = vars(config), vars(checkpoint["config"])
-    then = vars(TrainConfig()) | checkpoint["train_config"]  # of a version without a flag, its default
+    then = vars(TrainConfig()) | checkpoint["train_config"]  # older checkpoints lack newer flags
     pairs = [(name, then[name], now[name]) for name in now if name not in {*MAY_CHANGE, *MODEL_FLAGS}]
     pairs += [(name, model[name], now[name]) for name in MODEL_FLAGS if now[name] is not None]
     pairs += [(f"data ({name})", checkpoint["data"].get(name), value) for name, value in data.items()]
@@ -220,10 +219,10 @@ def check_same_run(config: TrainConfig, data: dict, checkpoint: dict, path) -> N
 
 
 def announce(config: TrainConfig, ranks: Ranks, data: Data, facts: dict, source) -> None:
-    """Say what the run is, and how much, before it costs anything."""
+    """Print the run's model, data and machine, and what to know of its data, before the first step."""
     ranks.say(metrics.in_words(facts, source, data.train))
     if not data.train.complete:
-        ranks.say(f"WARNING: {config.data_dir} is not complete: run data_generator.py again for the rest of its tokens")
+        ranks.say(f"WARNING: {config.data_dir} is not complete: a run can't go on after its data has grown")
     if data.val and (tokens := data.val_steps * data.val.step_tokens) != config.val_tokens:
         ranks.say(
             f"validation uses {tokens:,} tokens: the whole steps in --val_tokens {config.val_tokens:,} and in the "
@@ -324,7 +323,7 @@ def state_to_go_on_from(config: TrainConfig, ranks: Ranks, data: Data) -> tuple[
 
 
 def learning_model(raw_model: GPT, ranks: Ranks, compiled: bool):
-    """The same weights as they learn: compiled for one shape, gradients averaged over the ranks."""
+    """raw_model wrapped for training: compiled for one shape, and in DDP, which averages gradients over the ranks."""
     model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
     if ranks.world_size > 1:
         gpu = [ranks.local_rank] if ranks.device.type == "cuda" else None
@@ -345,7 +344,7 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
     raw_model.recompute = config.recompute
     ranks.check_same(raw_model, first_step)
     optimizer = raw_model.configure_optimizers(config.weight_decay, config.max_lr, config.optimizer == "muon")
-    # float16 holds 6e-8 to 65504: the loss is scaled up, so that small gradients are not 0, until large ones are inf
+    # float16 holds 6e-8 to 65504: scaling the loss keeps small gradients from 0; an overflow halves the scale
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision == "float16")
     if first_step:
         optimizer.load_state_dict(state["optimizer"])
@@ -407,7 +406,7 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
         if math.isfinite(loss) and math.isfinite(norm):  # the same on every rank: both are over all of them
             optimizer.step()
             skips = 0
-        else:  # in float16 that is usual while the loss scale is too high, and says something below 1 only
+        else:  # in float16 overflows are usual while the loss scale still falls: they count from 1 on
             skips += not scaler.is_enabled() or scaler.get_scale() <= 1
             log.write(step, skipped=1)
             ranks.say(f"step {step:5d} | loss {loss} norm {norm}: not finite, the update is skipped")
@@ -425,13 +424,15 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
         raise UserError(f"the last checkpoint could not be saved in {config.log_dir}: make room and rerun", code=1)
     if stop:
         number = signal.Signals(int(ranks.stopping()))
-        ranks.say(f"stopped by {number.name} after {count(step, 'step')}, saved; the same command goes on from here")
+        where = ", saved" if step else ""
+        ranks.say(f"stopped by {number.name} after {count(step, 'step')}{where}; the same command goes on from here")
         return 128 + number
     if first_step == config.max_steps:
         ranks.say(f"finished at step {step}: raise --max_steps or choose another --log_dir")
     else:
         ranks.say(f"done: {count(step, 'step')}, peak memory {ranks.peak_memory():.1f} GB per process")
-    ranks.say(NEXT.format(model=f"{config.log_dir}/model_checkpoint.pt"))
+    path = f"{config.log_dir}/model_checkpoint.pt"
+    ranks.say(f"next: python sample.py --model {path}\n      python export.py --model {path} --out GPT124M")
     return 0
 
 

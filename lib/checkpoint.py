@@ -32,14 +32,14 @@ class SaveError(Exception):
 def save_checkpoint(log_dir, state: dict, best: bool = False) -> Path:
     """Save the state of a run as LOG_DIR/model_NNNNN.pt (NNNNN: its step), verify it, link model_checkpoint.pt to it.
 
-    state: model, optimizer, scaler, config, step, val_loss, val_step, tokenizer, train_config, precision, data. best:
-    save what a model needs, without the optimizer, as model_best.pt instead. Raises SaveError if the disk is full or
-    fails, and ValueError for weights or moments that are not finite; then nothing has changed on the disk.
+    state: model, optimizer, scaler, config, step, val_loss, val_step, best_loss, tokenizer, train_config, precision,
+    data. best: save it without the optimizer, as model_best.pt instead. Raises SaveError if the disk is full or fails,
+    and ValueError for weights or moments that are not finite; then nothing has changed on the disk.
     """
     check_finite(state)
     path = Path(log_dir) / f"model_{state['step']:05d}.pt"
     if best:
-        path, state = path.with_name(BEST), for_models(state)
+        path, state = path.with_name(BEST), without_optimizer(state)
     try:
         with whole_file(path) as file:
             torch.save(state, file)
@@ -106,11 +106,11 @@ def point_newest(path: Path) -> None:
         temporary.symlink_to(path.name)
         return replace(temporary, newest)
     with whole_file(newest) as file:
-        torch.save(for_models(load_checkpoint(path)), file)
+        torch.save(without_optimizer(load_checkpoint(path)), file)
 
 
-def for_models(state: dict) -> dict:
-    """The state without what only the run needs: a third of its size."""
+def without_optimizer(state: dict) -> dict:
+    """The state without optimizer and scaler: what a model needs, a third of the size."""
     return {name: value for name, value in state.items() if name not in ("optimizer", "scaler")}
 
 

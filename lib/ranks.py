@@ -110,7 +110,7 @@ class Ranks:
                 yield items[number]
 
     def check_same(self, model: torch.nn.Module, step: int) -> None:
-        """Raise UserError, on every rank, if step or weights are not the same on all of them, bit for bit."""
+        """Raise UserError, on every rank, if step or weights (by a checksum of their bits) are not the same."""
         if self.world_size == 1:
             return
         sums = [parameter.detach().view(torch.int32).sum() for parameter in model.parameters()]

@@ -63,11 +63,12 @@ def open_shard(path: Path, tokens: int | None = None):
         if size != offset + 2 * count:
             raise UserError(f"{path} is damaged or cut short: its header says {count:,} tokens, its size "
                             f"({size:,} bytes) {(size - offset) / 2:,.1f}")  # fmt: skip
+        if tokens not in (None, count):
+            raise UserError(f"{path} has {count:,} tokens, its manifest says {tokens:,}")
         with if_possible("memory maps", f"the tokens of {path.parent} are read piece by piece"):
             # slices of the plain view cost less than a memmap's
-            array = np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(count,)))
-            return check_count(path, array, tokens)
-        return check_count(path, FileTokens(path, offset, count), tokens)
+            return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(count,)))
+        return FileTokens(path, offset, count)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (OSError, ValueError, EOFError, OverflowError) as error:
@@ -88,12 +89,6 @@ def read_header(path: Path) -> tuple[int, int]:
         if dtype != np.uint16 or len(shape) != 1:
             raise UserError(f"{path} is not a shard: it holds {dtype} {shape}, not uint16 (tokens,)")
         return file.tell(), shape[0]
-
-
-def check_count(path: Path, array, tokens: int | None):
-    if tokens is not None and len(array) != tokens:
-        raise UserError(f"{path} has {len(array):,} tokens, its manifest says {tokens:,}")
-    return array
 
 
 class FileTokens:
@@ -180,12 +175,13 @@ class ShardWriter:
         Raises UserError if the disk does not take it; what was there before is untouched.
         """
         number, tokens = len(self.manifest["shards"]), self.buffer[: self.filled]
+        # the same prefix for every data set: the loader looks for train and val only
         path = self.data_dir / f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
-        begun = int(np.count_nonzero(tokens == get_tokenizer(self.manifest["tokenizer"]).eot_token))
+        documents = int(np.count_nonzero(tokens == get_tokenizer(self.manifest["tokenizer"]).eot_token))
         try:
             with whole_file(path) as file:
                 np.save(file, tokens)
-            entry = {"file": path.name, "tokens": len(tokens), "documents": begun, "sha256": sha256(path)}
+            entry = {"file": path.name, "tokens": len(tokens), "documents": documents, "sha256": sha256(path)}
             self.manifest["shards"].append(entry)
             self.manifest |= {"position": position, "complete": position is None}
             with whole_file(self.data_dir / "manifest.json") as file:
@@ -244,7 +240,7 @@ class TokenLoader:
         return self.manifest is None or self.manifest["complete"]
 
     def identity(self) -> dict:
-        """What makes it the same data for a run that is continued, wherever the directory lies: plain data."""
+        """What identifies the data, wherever the directory lies: a resumed run compares it with its checkpoint's."""
         manifest = self.manifest or {"shards": []}
         contents = [(path.name, len(shard)) for path, shard in zip(self.paths, self.shards, strict=True)]
         contents += [shard["sha256"] for shard in manifest["shards"]]
@@ -269,13 +265,13 @@ class TokenLoader:
 
         first = step * self.sequences_per_step + (micro_step * self.world_size + self.rank) * self.B
         parts = []
-        for start, n in self.runs(first):
+        for start, n in self.spans(first):
             tokens = self.read(start * self.T, n * self.T + 1)
             parts.append((tokens[:-1].reshape(n, self.T), tokens[1:].reshape(n, self.T)))
         x, y = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))  # (B, T) each
         return (x.pin_memory(), y.pin_memory()) if self.pin_memory else (x, y)
 
-    def runs(self, first: int):
+    def spans(self, first: int):
         """Yield (sequence, how many from it on) for the B sequences from the `first` of all epochs on."""
         if self.shuffle is not None:
             for i in range(first, first + self.B):

@@ -1,9 +1,9 @@
-"""Which recipe reaches the loss of the faithful one in the fewest tokens? An experiment on two CPU cores.
+"""Which recipe reaches the final loss of GPT-2's own (A) in the fewest tokens? An experiment on two CPU cores.
 
     python tests/recipe.py /tmp/recipe          runs what is missing in tests/recipe.json, then draws tests/recipe.png
 
-A GPT of 4 layers x 128 learns bytes of Python sources (those of the installed packages; each text is read once) in
-500 steps of 4,096 tokens by one of four recipes:
+A GPT of 4 layers x 128 learns bytes of Python sources (of the standard library and the installed packages; each is
+read once) in 500 steps of 4,096 tokens by one of four recipes:
 
     A  AdamW, cosine to a tenth of the learning rate: GPT-2's, as train.py has it by default
     B  AdamW, constant, and in the second half linear to zero

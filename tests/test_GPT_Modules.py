@@ -229,6 +229,9 @@ def test_cached_logits_are_the_full_ones():
     assert (torch.cat(pieces, dim=1) - full).abs().max() < 1e-4
     with pytest.raises(ValueError, match="33 tokens do not fit into block_size 32"):
         model.hidden(idx[:, :1], cache=cache)
+    cache[0].length = 9
+    with pytest.raises(AssertionError, match="one token at a time"):
+        model.hidden(idx[:, :2], cache=cache)
 
 
 def test_generation_beyond_block_size_goes_on_from_the_last_tokens():

@@ -508,7 +508,9 @@ with only_writer({str(uninterrupted / 'data')!r}):
     assert data_generator.main([*words[:-1], "--tokenizer=gpt2", "--shard_size=20000"]) == 2
     assert "tokenizer was bytes, is gpt2; vocab_size was 257, is 50257" in capsys.readouterr().err
     assert data_generator.main([*words, "--shard_size=20000"]) == 0
-    assert "it was complete already" in capsys.readouterr().out
+    assert "it was complete already\n" in capsys.readouterr().out
+    assert data_generator.main([*words, "--shard_size=20000", "--max_tokens=9999999"]) == 0
+    assert "it was complete already and does not grow to --max_tokens 9,999,999" in capsys.readouterr().out
 
 
 def test_the_directory_of_an_older_version_goes_on(tmp_path, monkeypatch):

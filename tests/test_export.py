@@ -159,6 +159,7 @@ def test_a_folder_is_not_overwritten_unasked(gpt2_checkpoint, bytes_folder, trai
     assert (
         "is there already: --overwrite replaces it" in capsys.readouterr().err and (tmp_path / "out" / "stale").exists()
     )
+    shutil.copytree(bytes_folder, tmp_path / "out.old")  # of an earlier process that was killed
     assert export.main([*words, "--overwrite"]) == 0
     assert not (tmp_path / "out" / "stale").exists() and os.listdir(tmp_path) == ["out"]
     (tmp_path / "thesis").mkdir()

@@ -104,6 +104,7 @@ GOOD = {"ctx": "a", "ctx_a": "a", "ctx_b": "", "activity_label": "x", "endings":
             r"line 2: endings is \['a', 'b'\], not a list of four texts",
         ),
         (json.dumps(GOOD | {"ctx": None}).encode(), "line 2: ctx is None, not a text"),
+        (json.dumps(GOOD | {"ctx": ""}).encode(), "line 2: ctx is empty"),
     ],
 )
 def test_a_bad_line_is_named(line, message, tmp_path):

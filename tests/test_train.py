@@ -343,6 +343,7 @@ BAD = {
     "vocabulary": (["--vocab_size=200"], "--vocab_size 200 is less than the tokenizer's 257"),
     "no checkpoint": (["--init_from=missing.pt"], "there is no checkpoint or folder missing.pt"),
     "learning rates": (["--min_lr=1"], "--min_lr 1.0 is above --max_lr"),
+    "decay": (["--decay_steps=4"], "--decay_steps 4 belongs to --schedule linear"),
     "learning rate": (["--max_lr=nan"], "--max_lr is nan"),
     "clip": (["--grad_clip=0"], "--grad_clip is 0.0: it must be a number above 0"),
     "warm-up": (["--warmup_steps=-1"], "--warmup_steps is -1: it must be at least 0"),
