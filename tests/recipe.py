@@ -126,6 +126,9 @@ class Experiment:
     def mean(self, arm, lr, steps=STEPS) -> float:
         return statistics.mean(self.losses(arm, lr, steps=steps).values())
 
+    def mean_seconds(self, arm) -> float:
+        return statistics.mean(r["cpu_seconds"] for r in self.runs if r["arm"] == arm and r["steps"] == STEPS)
+
     def tokens_to_reach(self, loss: float, arm: str, lr: float, seed: int) -> float:
         """Tokens at which the arm's finished runs of this seed reach a loss, on the line between the nearest two."""
         mine = [r for r in self.runs if (r["arm"], r["lr"], r["seed"]) == (arm, lr, seed)]
@@ -175,8 +178,11 @@ def main() -> None:
     target = experiment.mean("A", best["A"])
     tokens = [experiment.tokens_to_reach(target, winner, best[winner], seed) for seed in SEEDS]
     losses = {arm: list(experiment.losses(arm, best[arm]).values()) for arm in ARMS}
+    seconds = {arm: experiment.mean_seconds(arm) for arm in ("A", winner)}
     summary = {"best_lr": best, "winner": winner, "losses_of_three_seeds": losses, "loss_to_reach": target}
-    experiment.write(summary | {"share_of_tokens_to_reach_it": [t / (STEPS * TOKENS_PER_STEP) for t in tokens]})
+    shares = [t / (STEPS * TOKENS_PER_STEP) for t in tokens]
+    shares_of_time = [share * seconds[winner] / seconds["A"] for share in shares]
+    experiment.write(summary | {"share_of_tokens_to_reach_it": shares, "share_of_cpu_time": shares_of_time})
     experiment.draw(best, winner)
 
 
