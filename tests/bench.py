@@ -1,7 +1,7 @@
 """Ratios against a plain baseline in the same run; each part prints a markdown table.
 
     python tests/bench.py data                        tokenizing and loading
-    python tests/bench.py train --size demo           a training step; --size wide (4 x 128, V 50304), 124M-256, 124M
+    python tests/bench.py train --size small          a training step; small: 4 x 128, V 320; wide: V 50304; 124M-256, 124M
     python tests/bench.py hellaswag --size 124M       an evaluation
     python tests/bench.py sample                      a token at 512, with and without the cache
     python tests/bench.py checkpoint                  saving the state of 124M
@@ -46,7 +46,7 @@ from lib.shards import TokenLoader  # noqa: E402
 from lib.tokenizer import get_tokenizer  # noqa: E402
 
 SIZES = {  # shape, B and T
-    "demo": (GPTConfig(64, 320, 4, 4, 128), 8, 64),
+    "small": (GPTConfig(64, 320, 4, 4, 128), 8, 64),
     "wide": (GPTConfig(64, 50304, 4, 4, 128), 12, 64),
     "124M-256": (GPTConfig(1024, 50304), 4, 256),
     "124M": (GPTConfig(1024, 50304), 8, 1024),
@@ -290,7 +290,7 @@ def measure(variants: dict[str, dict], size: str, steps: int, rounds: int, dtype
 def bench_train(options) -> None:
     compiled = "default" if options.compile else None
     names = ("plain", "transformers", "ours")
-    dtypes = ["float32"] + ["bfloat16"] * (Ranks("cpu").precision("auto") == "bfloat16" and options.size != "demo")
+    dtypes = ["float32"] + ["bfloat16"] * (Ranks("cpu").precision("auto") == "bfloat16" and options.size != "small")
     variants = {f"{n}, {d}": {"which": n, "dtype": d, "compile": compiled} for d in dtypes for n in names}
     measure(variants, options.size, options.steps, options.rounds, "float32")
 
@@ -527,7 +527,7 @@ def main() -> None:
     choices = {name.partition("_")[2]: function for name, function in parts.items()}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=choices)
-    parser.add_argument("--size", choices=SIZES, default="demo")
+    parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--examples", type=int, default=100)
