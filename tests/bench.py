@@ -1,7 +1,7 @@
 """Ratios against a plain baseline in the same run; each part prints a markdown table.
 
     python tests/bench.py data                        tokenizing and loading
-    python tests/bench.py train --size small          a training step; small: 4 x 128, V 320; wide: V 50304; 124M-256, 124M
+    python tests/bench.py train --size small          a training step; also wide (4 x 128, V 50304), 124M-256, 124M
     python tests/bench.py hellaswag --size 124M       an evaluation
     python tests/bench.py sample                      a token at 512, with and without the cache
     python tests/bench.py checkpoint                  saving the state of 124M
