@@ -107,7 +107,7 @@ MAY_CHANGE = {
 MODEL_FLAGS = tuple(field.name for field in dataclasses.fields(GPTConfig))
 SKIPS_IN_A_ROW = 10  # updates that may be skipped for NaN or Inf before the run is given up
 NOT_FINITE = """loss or gradient were not finite {skips} times in a row, up to step {step}.
-HINT: {log_dir} has the last good weights: --init_from {log_dir}, another --log_dir, and a lower --max_lr"""
+HINT: go on from its last good weights: --init_from {log_dir}, another --log_dir, a lower --max_lr or --dtype float32"""
 
 
 def get_lr(step: int, config: TrainConfig) -> float:
@@ -424,8 +424,8 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
         raise UserError(f"the last checkpoint could not be saved in {config.log_dir}: make room and rerun", code=1)
     if stop:
         number = signal.Signals(int(ranks.stopping()))
-        where = ", saved" if step else ""
-        ranks.say(f"stopped by {number.name} after {count(step, 'step')}{where}; the same command goes on from here")
+        kept = ", saved" if step else ""
+        ranks.say(f"stopped by {number.name} after {count(step, 'step')}{kept}; the same command goes on from here")
         return 128 + number
     if first_step == config.max_steps:
         ranks.say(f"finished at step {step}: raise --max_steps or choose another --log_dir")
