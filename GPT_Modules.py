@@ -281,14 +281,14 @@ def linear_cross_entropy(x, weight, targets):
     return LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
 
 
-SLICE = {"cuda": 2**28}  # logits of a slice, about: few enough for memory, enough for an efficient product; else 2^24
+SLICE = {"cuda": 2**28}  # logits of a slice, about: few enough for memory, enough for an efficient product
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, learning):
         n, V, w = x.size(0), weight.size(0), weight.to(x.dtype)
-        slices = max(1, n * V // SLICE.get(x.device.type, 2**24))
+        slices = max(1, n * V // SLICE.get(x.device.type, 25_000_000))
         rows, vocabulary = math.ceil(n / slices), torch.arange(V, device=x.device)
         # Compiled, indexing into the logits (gather, scatter) keeps Inductor from fusing, and the logits in memory; so
         # the target's logit is a dot product, and one_hot a comparison. Eagerly, indexing is faster.
@@ -313,6 +313,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 else:
                     grad_logits = probs.div_(total).scatter_add_(1, targets_i, -torch.ones_like(total))
                 grad_logits = grad_logits.to(x.dtype)
+                del logits, probs  # where these are in float32 still, the products can have their memory
                 grad_x[i : i + rows] = grad_logits @ w
                 add_product(grad_weight, grad_logits, x_i)
         ctx.n = n
