@@ -306,18 +306,23 @@ def start_manifest(config: DataConfig) -> dict:
     return old
 
 
+def expected_tokens(config: DataConfig) -> int | None:
+    """About how many tokens data_dir will have at the end; None where that can't be known."""
+    if config.max_tokens is not None or config.dataset == "pydoc":
+        return config.max_tokens
+    if config.dataset == FINEWEB_EDU and dataset_name(config) == "sample-10BT":
+        return FINEWEB_EDU_10B_TOKENS
+    files = local_files(config.dataset)
+    if files and all(file_type(file) == ".txt" == Path(file).suffix for file in files):
+        return sum(os.path.getsize(file) for file in files) // (1 if config.tokenizer == "bytes" else 4)
+    return None
+
+
 def check_space(config: DataConfig, written: int) -> None:
     """Compare the bytes that are still to come, where they can be known, with the bytes that are free."""
-    files = [] if config.dataset == "pydoc" else local_files(config.dataset)
-    if config.max_tokens is not None:
-        tokens = config.max_tokens
-    elif config.dataset == FINEWEB_EDU and dataset_name(config) == "sample-10BT":
-        tokens = FINEWEB_EDU_10B_TOKENS
-    elif files and all(file_type(file) == ".txt" == Path(file).suffix for file in files):
-        tokens = sum(os.path.getsize(file) for file in files) // (1 if config.tokenizer == "bytes" else 4)
-    else:
+    if (expected := expected_tokens(config)) is None:
         return
-    needed, free = 2 * (tokens - written), shutil.disk_usage(config.data_dir).free
+    needed, free = 2 * (expected - written), shutil.disk_usage(config.data_dir).free
     message = f"{config.data_dir} needs about {needed:,} bytes, {free:,} are free"
     if free < 0.9 * needed:
         raise UserError(f"{message}.\nHINT: choose a --data_dir on a larger disk, or fewer --max_tokens")
@@ -330,11 +335,10 @@ def generate(config: DataConfig, manifest: dict) -> None:
     fills no more than the validation shard."""
     writer = ShardWriter(config.data_dir, manifest)
     position = manifest["position"] or {"source": None, "documents": 0, "skip": 0}
-    expected = config.max_tokens or (FINEWEB_EDU_10B_TOKENS if manifest["name"] == "sample-10BT" else None)
     with (
         tempfile.TemporaryDirectory(prefix="tokens-", suffix=".tmp", dir=config.data_dir) as directory,
         concurrent.futures.ProcessPoolExecutor(config.num_proc, None, start_worker, (config.tokenizer,)) as pool,
-        tqdm(total=expected, initial=writer.tokens, unit=" tokens", unit_scale=True) as bar,
+        tqdm(total=expected_tokens(config), initial=writer.tokens, unit=" tokens", unit_scale=True) as bar,
     ):
         # the workers start before the Hub's threads and locks exist: a fork would copy those in whatever state they are
         list(pool.map(abs, range(config.num_proc)))

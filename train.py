@@ -107,7 +107,7 @@ MAY_CHANGE = {
 MODEL_FLAGS = tuple(field.name for field in dataclasses.fields(GPTConfig))
 SKIPS_IN_A_ROW = 10  # updates that may be skipped for NaN or Inf before the run is given up
 NOT_FINITE = """loss or gradient were not finite {skips} times in a row, up to step {step}.
-HINT: go on from its last good weights: --init_from {log_dir}, another --log_dir, a lower --max_lr or --dtype float32"""
+HINT: --init_from {log_dir} (its last good weights, if saved), another --log_dir, a lower --max_lr or --dtype float32"""
 
 
 def get_lr(step: int, config: TrainConfig) -> float:

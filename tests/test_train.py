@@ -645,6 +645,19 @@ def test_exit_code_of_one_process(name, data_dir, tmp_path):
     assert process.returncode == 128 + signal.Signals[name] and "the same command goes on from here" in output
 
 
+def test_a_signal_before_the_first_step_saves_nothing_and_says_so(data_dir, tmp_path, monkeypatch, capsys):
+    validation_loss = train.validation_loss
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validation_loss(*arguments)
+
+    monkeypatch.setattr(train, "validation_loss", signalled)
+    assert train.main(flags(data_dir=data_dir, log_dir=tmp_path)) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM after 0 steps; the same command goes on" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.pt")) and "val" not in metrics.read_log(tmp_path)
+
+
 def test_no_rank_leaves_before_the_last_save_is_done(data_dir, tmp_path):
     """After a signal torchrun would end rank 0 half a minute later, in a save that takes so long."""
     words = [str(ROOT / "tests" / "drivers.py"), "slow_save", "8", *flags(data_dir=data_dir, log_dir=tmp_path)]
