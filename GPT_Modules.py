@@ -306,7 +306,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             highest = logits.amax(dim=1, keepdim=True)
             probs = logits.sub_(highest).exp_()
             total = probs.sum(dim=1, keepdim=True)
-            loss += (total.log() + highest - target_logits).sum() / n
+            loss = loss + (total.log() + highest - target_logits).sum() / n  # in place, torch 2.11 loses the gradient
             if learning:
                 if fused:
                     grad_logits = probs / total - (vocabulary == targets_i).float()

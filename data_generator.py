@@ -342,6 +342,8 @@ def generate(config: DataConfig, manifest: dict) -> None:
     ):
         # the workers start before the Hub's threads and locks exist: a fork would copy those in whatever state they are
         list(pool.map(abs, range(config.num_proc)))
+        if sys.version_info < (3, 11, 5):  # a pool with a killed worker waits for ever to hand over a batch
+            pool._call_queue.cancel_join_thread()
         if config.dataset == "pydoc":
             batches = pydoc_batches(position["source"])
         else:
