@@ -57,18 +57,19 @@ from GPT_Modules import GPT, GPTConfig
 from lib.ranks import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
-model, idx = GPT(GPTConfig(64, 50304, 2, 2, 64)), torch.randint(50257, (8, 64))
-for _ in range(6):
+model, idx, faults = GPT(GPTConfig(64, 50304, 2, 2, 64)), torch.randint(50257, (8, 64)), []
+for _ in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     model(idx, idx)[1].backward()
     model.zero_grad()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults[-3:]))  # a heap in pieces may have to grow once more in one of them
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
 def test_glibc_keeps_freed_memory():
-    """Page faults of the sixth step, in processes of their own: thousands without, next to none with."""
+    """Page faults of a step, in processes of their own: thousands without, next to none with."""
     plain, kept = (
         int(subprocess.run([sys.executable, "-c", FAULTS, what], cwd=ROOT, capture_output=True, check=True).stdout)
         for what in ("plain", "keep")
