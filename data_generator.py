@@ -131,7 +131,7 @@ def open_dataset(config: DataConfig, revision: str | None):
     if files:
         builder = BUILDERS[file_type(files[0])]
         options = {"sample_by": "document"} if builder == "text" else {}
-        what = {"path": builder, "data_files": {config.split: files}, **options}
+        what = {"path": builder, "data_files": {config.split: [glob.escape(file) for file in files]}, **options}
     else:
         what = {"path": config.dataset, "name": dataset_name(config), "revision": revision}
     builder = datasets.load_dataset_builder(**what)
