@@ -386,7 +386,7 @@ def verify(config: DataConfig) -> None:
 
 def write_data_set(config: DataConfig) -> dict:
     """Begin data_dir or go on with it, to its end; returns its manifest."""
-    with only_writer(config.data_dir):
+    with only_writer(config.data_dir, "edufineweb_*.npy", "manifest.json", "tokens-*"):
         manifest = start_manifest(config)
         written = len(manifest["shards"])
         if manifest["complete"]:

@@ -442,7 +442,8 @@ def main(argv=None) -> int:
     check_config(config)
     with Ranks(config.device) as ranks, explain_out_of_memory(config.batch_size, config.recompute):
         data = open_data(config, ranks)
-        with only_writer(config.log_dir) if ranks.main else contextlib.nullcontext():
+        writer = only_writer(config.log_dir, "model_*.pt", "log.txt", "run.json", "curve.png")
+        with writer if ranks.main else contextlib.nullcontext():
             return train(config, ranks, data)
 
 

@@ -123,10 +123,10 @@ def checkpoint_paths(log_dir) -> dict[int, Path]:
 def load_checkpoint(path) -> dict:
     """The content of a checkpoint, on the CPU. Nothing in the file is executed. Raises UserError if there is none, if
     it is damaged, or if it holds anything but plain data."""
-    if not again_if_stale(Path(path).is_file)():
+    if not again_if_stale(Path(path).is_file):
         raise UserError(f"there is no checkpoint {path}")
     try:
-        again_if_stale(verify)(path)
+        again_if_stale(verify, path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not {"model", "config"} <= content.keys():
             raise ValueError("it is no checkpoint: model or config is missing")
@@ -160,7 +160,7 @@ def open_model(name: str) -> tuple[GPT, str, dict, Path | None]:
     Raises UserError if there is no such model, or if it is damaged.
     """
     path, checkpoint = Path(name), {}
-    if again_if_stale(path.is_file)():
+    if again_if_stale(path.is_file):
         checkpoint = load_checkpoint(path)
     elif path.is_dir() and checkpoint_paths(path):
         checkpoint, path, _ = newest_checkpoint(path)

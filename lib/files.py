@@ -37,20 +37,15 @@ def if_possible(what: str, consequence: str):
         lacking(what, consequence)
 
 
-def again_if_stale(function):
-    """Decorate a function that reads files: after ESTALE, once, it is called again. An NFS client says so when a file
-    was replaced by another machine, and asks the server anew the next time."""
-
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        try:
-            return function(*args, **kwargs)
-        except OSError as error:
-            if error.errno != errno.ESTALE:
-                raise
-            return function(*args, **kwargs)
-
-    return call
+def again_if_stale(function, *args, **options):
+    """function(*args, **options), which reads files; called once more after ESTALE. An NFS client raises that when
+    another machine has replaced a file, and asks the server anew the next time."""
+    try:
+        return function(*args, **options)
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+        return function(*args, **options)
 
 
 @contextlib.contextmanager
@@ -97,15 +92,15 @@ def sync_directory(directory) -> None:
 
 
 @contextlib.contextmanager
-def only_writer(directory):
+def only_writer(directory, *names: str):
     """Hold the directory (made if need be) for this process; raises UserError naming the process that has it.
 
-    The lock is fcntl's: the kernel drops it however the process ends, and children don't inherit it. What an earlier
-    writer left under a name in .tmp is removed.
+    The lock is fcntl's: the kernel drops it however the process ends, and children don't inherit it. names: patterns
+    of what is written here; what an earlier writer left half-written, under such a name and .tmp, is removed.
     """
     directory = Path(directory)
     try:
-        again_if_stale(directory.mkdir)(parents=True, exist_ok=True)
+        again_if_stale(directory.mkdir, parents=True, exist_ok=True)
         file = open(directory / ".lock", "a+")
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror}") from None
@@ -122,6 +117,7 @@ def only_writer(directory):
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        for leftover in directory.glob("*.tmp"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for name in names:
+            for leftover in directory.glob(f"{name}.tmp"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield

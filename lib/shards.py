@@ -47,7 +47,7 @@ def read_manifest(data_dir) -> dict | None:
     """DATA_DIR/manifest.json, or None where there is none. Raises UserError for one that can't be read."""
     path = Path(data_dir) / "manifest.json"
     try:
-        return json.loads(again_if_stale(path.read_text)())
+        return json.loads(again_if_stale(path.read_text))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -59,7 +59,7 @@ def open_shard(path: Path, tokens: int | None = None):
     files, as FileTokens. Raises UserError if the file is not a whole shard, or has not as many tokens as given."""
     size = 0
     try:
-        size, (offset, count) = again_if_stale(os.path.getsize)(path), read_header(path)
+        size, (offset, count) = again_if_stale(os.path.getsize, path), read_header(path)
         if size != offset + 2 * count:
             raise UserError(f"{path} is damaged or cut short: its header says {count:,} tokens, its size "
                             f"({size:,} bytes) {(size - offset) / 2:,.1f}")  # fmt: skip

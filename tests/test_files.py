@@ -50,13 +50,14 @@ def test_one_writer_and_none_after_its_death(tmp_path):
     holder = process("print(1, flush=True); import time; time.sleep(60)")
     assert holder.stdout.readline()
     (tmp_path / "d" / "half.npy.tmp").write_text("left over")
+    (tmp_path / "d" / "thesis.tmp").mkdir()
     with pytest.raises(UserError, match=f"is being written by process {holder.pid} on "), only_writer(tmp_path / "d"):
         pass
     assert (tmp_path / "d" / "half.npy.tmp").exists()  # it may be the holder's
     holder.kill()
     holder.wait()
-    with only_writer(tmp_path / "d"):
-        assert not (tmp_path / "d" / "half.npy.tmp").exists()
+    with only_writer(tmp_path / "d", "*.npy"):
+        assert not (tmp_path / "d" / "half.npy.tmp").exists() and (tmp_path / "d" / "thesis.tmp").exists()
 
 
 def test_a_child_does_not_keep_the_lock(tmp_path):
