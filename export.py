@@ -17,7 +17,7 @@ import torch
 from GPT_Modules import GPT, TRANSPOSED, GPTConfig
 from lib.checkpoint import open_model
 from lib.cli import UserError, command, first_line, parse
-from lib.files import sync_directory, whole_file
+from lib.files import sync
 from lib.shards import is_on_hub, public_name
 from lib.tokenizer import PROMPT, UNIT, get_tokenizer, tokenizer_files
 from metrics import read_log, read_run
@@ -139,7 +139,7 @@ def model_card(name: str, model: GPT, tokenizer: str, checkpoint: dict, log_dir:
     run = read_run(log_dir) if log_dir else {}
     data, train, step = checkpoint.get("data", {}), checkpoint.get("train_config", {}), checkpoint.get("step")
     scores = [(at, score) for at, score in read_log(log_dir).get("hella", []) if at <= step] if run else []
-    loss = measured(checkpoint.get("val_loss"), checkpoint.get("val_step", step), step)
+    loss = measured(checkpoint.get("val_loss"), checkpoint.get("val_step"), step)
     hellaswag = measured(scores[-1][1], scores[-1][0], step) if scores else None
 
     dataset = data["dataset"] if is_on_hub(data) else None
@@ -169,9 +169,11 @@ def model_card(name: str, model: GPT, tokenizer: str, checkpoint: dict, log_dir:
     return str(card)
 
 
-def measured(value: float | None, at: int, step: int) -> dict | None:
-    """What the card says of a value that was measured at step `at` of a checkpoint's `step`; None if there is none."""
-    return None if value is None else {"value": round(value, 4), "at": "" if at == step else f", at step {at:,}"}
+def measured(value: float | None, at: int | None, step: int) -> dict | None:
+    """What the card says of a value that was measured at step `at` (older checkpoints don't say: at theirs)."""
+    if value is None:
+        return None
+    return {"value": round(value, 4), "at": "" if at in (None, step) else f", at step {at:,}"}
 
 
 # ---- the folder ----
@@ -194,8 +196,7 @@ def write_folder(config: ExportConfig, folder: Path) -> float:
         "README.md": card,
     }
     for file_name, text in texts.items():
-        with whole_file(folder / file_name) as file:
-            file.write(text.encode())
+        (folder / file_name).write_text(text, encoding="utf-8")
     if log_dir and (log_dir / "curve.png").exists():
         shutil.copyfile(log_dir / "curve.png", folder / "curve.png")
     save_file(export_weights(exported), folder / "model.safetensors", metadata={"format": "pt"})
@@ -221,17 +222,20 @@ def export(config: ExportConfig) -> None:
         raise UserError(f"{out} is there already: --overwrite replaces it, --out chooses another folder")
     if out.exists() and not (out / "config.json").exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not an exported model: --overwrite won't replace it, --out chooses another folder")
-    temporary, old = out.with_name(out.name + ".tmp"), out.with_name(out.name + ".old")
+    if not out.name:
+        raise UserError(f"--out {config.out}: give the folder a name, as in --out GPT124M")
+    temporary, old = out.with_name(out.name + ".new.tmp"), out.with_name(out.name + ".old.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         difference = write_folder(config, temporary)
-        sync_directory(temporary)
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
         if out.exists():
             shutil.rmtree(old, ignore_errors=True)  # of an earlier process that was killed
             out.rename(old)
         temporary.rename(out)
-        sync_directory(out.parent)
+        sync(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{out} can't be written: {error}", code=1) from None
@@ -260,8 +264,7 @@ def explain_hub(error: Exception, repository: str) -> UserError:
         return UserError(f"your token may not write to {repository}: run `hf auth login` with a token of type write")
     reason = re.sub(r"hf_\w+", "hf_...", first_line(error))
     return UserError(
-        f"the Hub can't be reached or refused {repository}: {reason}\n"
-        "HINT: check the network and run the same command again",
+        f"the Hub can't be reached or refused {repository}: {reason}\nHINT: check the network",
         code=1 if status else 2,
     )
 
@@ -284,15 +287,14 @@ def push(out: str, repository: str, public: bool) -> None:
     """Upload the folder in one commit and print its address."""
     from huggingface_hub import HfApi
 
-    files = sorted(path.name for path in Path(out).iterdir())
     try:
         HfApi().create_repo(repository, private=not public, exist_ok=True)
-        commit = HfApi().upload_folder(
-            repo_id=repository, folder_path=out, allow_patterns=files, commit_message="Upload GPT-2"
-        )
+        commit = HfApi().upload_folder(repo_id=repository, folder_path=out, commit_message="Upload GPT-2")
     except Exception as error:
-        raise explain_hub(error, repository) from None
-    print(f"uploaded {len(files)} files: {commit.repo_url}")
+        explained = explain_hub(error, repository)
+        again = f"{out} is whole: to run the same command again, add --overwrite"
+        raise UserError(f"{explained}\n{again}", explained.code) from None
+    print(f"uploaded {len(list(Path(out).iterdir()))} files: {commit.repo_url}")
 
 
 @command

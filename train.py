@@ -12,11 +12,11 @@ save, and leave.
 Shapes: B sequences in a micro-batch (batch_size), T tokens in a sequence (seq_len).
 """
 
-import contextlib
 import dataclasses
 import math
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -301,7 +301,7 @@ def state_to_go_on_from(config: TrainConfig, ranks: Ranks, data: Data) -> tuple[
     state, path, damaged = newest_checkpoint(config.log_dir)
     precision = ranks.precision(config.dtype)
     if state is None:
-        state = {"step": 0, "val_loss": None, "train_config": vars(config), "precision": precision}
+        state = {"step": 0, "val_loss": None, "val_step": None, "train_config": vars(config), "precision": precision}
         return first_model(config, data.train), state | {"source": config.init_from}
     if "precision" not in state and config.dtype == "auto" and ranks.device.type == "cpu":
         precision = "float32"  # as older versions, which did not say so, took it
@@ -334,8 +334,8 @@ def learning_model(raw_model: GPT, ranks: Ranks, compiled: bool):
 def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
     """Start the run, or go on from its newest checkpoint, to max_steps or until a signal. Returns the exit code."""
     raw_model, state = state_to_go_on_from(config, ranks, data)
-    first_step, precision = state["step"], state["precision"]
-    val_loss, val_step, best_loss = state["val_loss"], state.get("val_step"), state.get("best_loss", math.inf)
+    first_step, precision, val_loss = state["step"], state["precision"], state["val_loss"]
+    val_step, best_loss = state.get("val_step", first_step), state.get("best_loss", math.inf)  # old ones have neither
     questions = hellaswag.share_out(data.examples, data.encoding, raw_model.config.block_size, ranks)
 
     # ---- model and optimizer
@@ -442,8 +442,7 @@ def main(argv=None) -> int:
     check_config(config)
     with Ranks(config.device) as ranks, explain_out_of_memory(config.batch_size, config.recompute):
         data = open_data(config, ranks)
-        writer = only_writer(config.log_dir, "model_*.pt", "log.txt", "run.json", "curve.png")
-        with writer if ranks.main else contextlib.nullcontext():
+        with only_writer(config.log_dir, "*.pt", "log.txt", "run.json", "*.png") if ranks.main else nullcontext():
             return train(config, ranks, data)
 
 

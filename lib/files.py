@@ -78,13 +78,13 @@ def replace(temporary: Path, path: Path) -> None:
         lacking("renaming onto an existing name", "a process that is killed meanwhile can leave neither file")
         path.unlink()
         os.replace(temporary, path)
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
-def sync_directory(directory) -> None:
-    """Flush the names in a directory to the disk."""
+def sync(path) -> None:
+    """Flush a file, or the names in a directory, to the disk."""
     with if_possible("flushing of directories", "after a power cut the newest files may be missing"):
-        descriptor = os.open(directory, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

@@ -159,13 +159,20 @@ def test_a_folder_is_not_overwritten_unasked(gpt2_checkpoint, bytes_folder, trai
     assert (
         "is there already: --overwrite replaces it" in capsys.readouterr().err and (tmp_path / "out" / "stale").exists()
     )
-    shutil.copytree(bytes_folder, tmp_path / "out.old")  # of an earlier process that was killed
+    shutil.copytree(bytes_folder, tmp_path / "out.old.tmp")  # of an earlier process that was killed
+    shutil.copytree(bytes_folder, tmp_path / "out.old")  # the user's
     assert export.main([*words, "--overwrite"]) == 0
-    assert not (tmp_path / "out" / "stale").exists() and os.listdir(tmp_path) == ["out"]
+    assert not (tmp_path / "out" / "stale").exists() and set(os.listdir(tmp_path)) == {"out", "out.old"}
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter").write_text("years of work")
     assert export.main([*words[:-1], str(tmp_path / "thesis"), "--overwrite"]) == 2
     assert "is not an exported model" in capsys.readouterr().err and (tmp_path / "thesis" / "chapter").exists()
+
+
+def test_a_folder_without_a_name_is_refused(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert export.main(["--model", str(trained), "--out", ".", "--overwrite"]) == 2
+    assert "--out .: give the folder a name" in capsys.readouterr().err
 
 
 def test_a_model_that_comes_out_different_is_not_kept(trained, tmp_path, capsys, monkeypatch):
@@ -233,6 +240,18 @@ def test_the_card_dates_a_loss_that_is_older_than_its_weights(data_dir, tmp_path
         assert export.main(["--model", str(tmp_path / "log" / f"model_{step:05d}.pt"), "--out", str(out)]) == 0
         loss = load_checkpoint(tmp_path / "log" / f"model_{step:05d}.pt")["val_loss"]
         assert f"| validation loss | {loss:.4f}{words}" in (out / "README.md").read_text()
+
+
+def test_the_card_of_a_run_that_an_older_version_began(data_dir, trained, tmp_path):
+    """Its checkpoints don't say at which step the loss was measured: it is taken for theirs, and stays at that step."""
+    state = load_checkpoint(trained / "model_00006.pt")
+    del state["val_step"]
+    torch.save(state, tmp_path / "model_00006.pt")
+    assert train.main(flags(data_dir=data_dir, log_dir=tmp_path, val_every=0, val_tokens=256)) == 0
+    for step, words in ((6, " nats per byte |"), (8, " nats per byte, at step 6 |")):
+        out = tmp_path / str(step)
+        assert export.main(["--model", str(tmp_path / f"model_{step:05d}.pt"), "--out", str(out)]) == 0
+        assert f"| validation loss | {state['val_loss']:.4f}{words}" in (out / "README.md").read_text()
 
 
 def test_the_card_names_no_directory_of_its_owner(trained, tmp_path):
@@ -312,7 +331,9 @@ def test_what_goes_wrong_with_the_hub_is_one_message(case, message, trained, tmp
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
         assert not token or token not in done.stdout + done.stderr
         assert not any("/commit/" in path for _, path in hub.requests)
-    if case != "read-only":  # that one the Hub tells only when the repository is created; the folder is whole
+    if case == "read-only":  # that one the Hub tells only when the repository is created
+        assert (tmp_path / "out" / "config.json").exists() and "add --overwrite" in done.stderr
+    else:
         assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("*.tmp"))
 

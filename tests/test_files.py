@@ -94,7 +94,7 @@ MORE_CASES = [
     ("data_generator.py", "rename", "EEXIST", "manifest.json", None, RENAMES, 0),
     ("train.py", "mmap", "ENODEV", ".npy", None, MAPS, 0),
     ("train.py", "stat", "ESTALE", ".npy", 1, "", 0),
-    ("export.py", "fsync", "EIO", "config.json", 1, "out can't be written: [Errno 5]", 1),
+    ("export.py", "fsync", "EIO", "model.safetensors", 1, "out can't be written: [Errno 5]", 1),
     ("data_generator.py", "lock", "ENOSYS", ".lock", None, LOCKS, 0),
     ("data_generator.py", "lock", "EOPNOTSUPP", ".lock", None, LOCKS, 0),
     ("data_generator.py", "flushdir", "EBADF", "data", None, FLUSHES, 0),
