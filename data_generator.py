@@ -310,7 +310,7 @@ def expected_tokens(config: DataConfig) -> int | None:
     """About how many tokens data_dir will have at the end; None where that can't be known."""
     if config.max_tokens is not None or config.dataset == "pydoc":
         return config.max_tokens
-    if config.dataset == FINEWEB_EDU and dataset_name(config) == "sample-10BT":
+    if (config.dataset, dataset_name(config), config.tokenizer) == (FINEWEB_EDU, "sample-10BT", "gpt2"):
         return FINEWEB_EDU_10B_TOKENS
     files = local_files(config.dataset)
     if files and all(file_type(file) == ".txt" == Path(file).suffix for file in files):

@@ -282,7 +282,7 @@ def open_tracker(name: str, log_dir: Path, run: dict):
 
 def replay(config: MetricsConfig) -> None:
     """Send the whole log to the tracker, a step at a time; with follow, go on until the last step is there."""
-    log_dir, sent = Path(config.log_dir), 0
+    log_dir, sent, waited = Path(config.log_dir), 0, 0
     run = read_run(log_dir)
     last_step = run.get("config", {}).get("max_steps", 0)
     send, close = open_tracker(config.tracker, log_dir, run)
@@ -293,13 +293,15 @@ def replay(config: MetricsConfig) -> None:
                 step, stream, value = line.split()
                 steps.setdefault(int(step), {})[stream] = float(value)
             newest = max(steps, default=0)
+            # the last line is the time of the last save; a finished run that was run again has none: a minute will do
+            ended = not config.follow or "save_s" in steps.get(last_step, {}) or waited == 30
             for step in sorted(steps):
-                # the newest step may still grow while it is followed
-                if step >= sent and (step < newest or not config.follow or newest >= last_step):
+                if step >= sent and (step < newest or ended):  # the newest step may still grow
                     send(step, steps[step])
                     sent = step + 1
-            if not config.follow or newest >= last_step:
+            if ended:
                 return
+            waited += newest >= last_step
             time.sleep(2)
     except KeyboardInterrupt:
         pass

@@ -140,7 +140,9 @@ def parse(cls, argv: list[str] | None, doc: str, presets: dict[str, dict] | None
             group.add_argument(field.name, **options | {"metavar": field.name.upper()})
         else:
             group.add_argument(f"--{field.name}", **options)
-    arguments = [with_underscores(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    arguments = sys.argv[1:] if argv is None else argv
+    end = arguments.index("--") if "--" in arguments else len(arguments)  # behind it nothing is a flag
+    arguments = [*map(with_underscores, arguments[:end]), *arguments[end:]]
     if presets:
         chosen, _ = parser.parse_known_args(arguments)
         parser.set_defaults(**presets[chosen.preset])

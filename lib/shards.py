@@ -179,10 +179,11 @@ class ShardWriter:
         path = self.data_dir / f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
         documents = int(np.count_nonzero(tokens == get_tokenizer(self.manifest["tokenizer"]).eot_token))
         try:
-            with whole_file(path) as file:
-                np.save(file, tokens)
-            entry = {"file": path.name, "tokens": len(tokens), "documents": documents, "sha256": sha256(path)}
-            self.manifest["shards"].append(entry)
+            if self.filled:  # nothing is left where --max_tokens ends a continued run with its last whole shard
+                with whole_file(path) as file:
+                    np.save(file, tokens)
+                entry = {"file": path.name, "tokens": len(tokens), "documents": documents, "sha256": sha256(path)}
+                self.manifest["shards"].append(entry)
             self.manifest |= {"position": position, "complete": position is None}
             with whole_file(self.data_dir / "manifest.json") as file:
                 file.write(json.dumps(self.manifest, indent=1).encode() + b"\n")

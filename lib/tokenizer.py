@@ -37,7 +37,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         raise UserError(f"tokenizer {name!r} is not known: gpt2 and bytes are")
     try:
         return tiktoken.get_encoding("gpt2")
-    except OSError as error:  # requests' ConnectionError is one
+    except (OSError, ValueError) as error:  # requests' ConnectionError; a file that is not the vocabulary
         raise UserError(
             f"GPT-2's vocabulary is not on this machine and can't be downloaded ({type(error).__name__}).\nHINT: run"
             " once with a network and TIKTOKEN_CACHE_DIR set to a directory that this machine sees too, or use"

@@ -42,6 +42,7 @@ def test_words_become_fields():
     assert parse(Config, ["--some-steps", "9"], "").some_steps == 9
     assert parse(Config, ["there", "--on"], "", positional="place") == Config(on=True, place="there")
     assert parse(Config, ["--kind=b"], "", presets=None).kind == "b"
+    assert parse(Config, ["--", "--a-text"], "", positional="place").place == "--a-text"
 
 
 def test_presets_are_defaults():

@@ -622,6 +622,10 @@ sys.exit(data_generator.main({words!r}))
     assert done.returncode == 1 and "edufineweb_train_000003.npy can't be written" in done.stderr, done.stderr
     assert "it needs 40,128 bytes" in done.stderr and "the 3 shards before it are whole" in done.stderr
     assert len(read_manifest(tmp_path)["shards"]) == 3 and not list(tmp_path.glob("*.tmp"))
+    enough = tmp_path.with_name("enough")  # three shards will do: there is no fourth, empty one
+    shutil.copytree(tmp_path, enough)
+    assert data_generator.main([*words, f"--data_dir={enough}", "--max_tokens=60000"]) == 0
+    assert len(read_manifest(enough)["shards"]) == 3 and data_generator.main([f"--data_dir={enough}", "--verify"]) == 0
     finish_and_compare(uninterrupted, tmp_path)
 
 
@@ -629,6 +633,8 @@ def test_a_disk_that_is_too_small_is_said_before(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("text")
     words = ["--dataset", str(tmp_path / "a.txt"), "--data_dir", str(tmp_path / "data"), "--tokenizer=bytes"]
     assert data_generator.main([*words, "--max_tokens=100000000000000"]) == 2
+    assert data_generator.expected_tokens(data_generator.DataConfig()) == 9_950_000_000
+    assert data_generator.expected_tokens(data_generator.DataConfig(tokenizer="bytes")) is None
     assert re.search(r"needs about 200,000,000,000,000 bytes, [\d,]+ are free", capsys.readouterr().err)
 
 
