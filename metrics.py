@@ -66,7 +66,7 @@ class Log:
         kept = [line for line in whole_lines(path) if int(line.split()[0]) < first_step]
         with whole_file(path) as file:
             file.writelines(line.encode() for line in kept)
-        self.file = open(path, "a", buffering=2**20)
+        self.file = open(path, "a", buffering=2**24)  # bytes of lines that can wait for a disk with room
 
     def write(self, step: int, **values: float) -> None:
         if self.file is None:
@@ -196,7 +196,6 @@ def duration(seconds: float) -> str:
 
 def plot(log_dir) -> Path | None:
     """Draw LOG_DIR/curve.png: loss, and HellaSwag if measured, over steps and tokens; None if there is no loss."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
@@ -208,7 +207,6 @@ def plot(log_dir) -> Path | None:
     tokenizer = data.get("tokenizer", "gpt2")
     comparable = data.get("dataset") == FINEWEB_EDU and tokenizer == "gpt2"  # to losses of the same validation tokens
     figure = Figure(figsize=(12 if "hella" in log else 8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2 if "hella" in log else 1, squeeze=False)[0]
 
     if "train" in log:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import struct
 import subprocess
 import sys
@@ -69,6 +70,19 @@ def write_run(directory, train: int, val=True, hella=True, dataset="HuggingFaceF
         "config": {"max_steps": train - 1},
     }
     metrics.write_run(directory, run | {"data": {"dataset": dataset, "tokenizer": "gpt2"}})
+
+
+def test_a_log_waits_for_a_disk_with_room(tmp_path):
+    """Three megabytes of lines while no file may grow; then all of them."""
+    log = Log(tmp_path, 0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+    try:
+        for step in range(50_000):
+            log.write(step, train=5.12345, lr=6e-4, norm=1.23456)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    log.sync()
+    assert [step for step, _ in read_log(tmp_path)["norm"]] == list(range(50_000))
 
 
 @pytest.mark.parametrize(
