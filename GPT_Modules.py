@@ -219,9 +219,10 @@ class GPT(nn.Module):
             config_file = hf_hub_download(name_or_folder, "config.json")
             weights_file = hf_hub_download(name_or_folder, "model.safetensors")
         config = json.loads(Path(config_file).read_text())
-        ours = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+        usual = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
+        ours = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, **usual}
         for key, value in ours.items():
-            if config.get(key) != value:
+            if config.get(key, usual.get(key)) != value:  # a file may leave out what is usual
                 raise ValueError(f"{name_or_folder}: {key} is {config.get(key)!r} where a GPT-2 has {value!r}")
         shape = {key: config[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
         model = cls(GPTConfig(block_size=config["n_positions"], **shape))

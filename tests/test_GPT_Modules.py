@@ -290,6 +290,9 @@ def test_from_pretrained_refuses_what_is_not_a_gpt2(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"activation_function": "relu"}))
     with pytest.raises(ValueError, match="activation_function is 'relu'"):
         GPT.from_pretrained(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"scale_attn_weights": False}))
+    with pytest.raises(ValueError, match="scale_attn_weights is False where a GPT-2 has True"):
+        GPT.from_pretrained(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
     with pytest.raises(ValueError, match="does not fit"):
         GPT.from_pretrained(str(tmp_path))
