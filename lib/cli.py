@@ -17,6 +17,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import io
 import os
 import re
 import sys
@@ -49,6 +50,8 @@ def command(main):
 
     @functools.wraps(main)
     def run(argv=None) -> int:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
         try:
             return main(argv) or 0
         except UserError as error:

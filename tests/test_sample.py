@@ -58,6 +58,11 @@ def test_prompts_from_everywhere_and_seeds(trained, tmp_path, capsys, monkeypatc
     assert sample.main([*words]) == 0  # without a prompt a document begins
 
 
+def test_a_terminal_that_is_not_utf_8_shows_what_it_can(trained):
+    done = script(ROOT / "sample.py", "中", "--model", trained, "--num_samples=1", env={"PYTHONIOENCODING": "latin-1"})
+    assert done.returncode == 0 and done.stdout.startswith("?"), done.stderr
+
+
 def test_bad_input(trained, tmp_path, capsys):
     model = ["--model", str(trained / "model_checkpoint.pt")]
     (tmp_path / "latin").write_bytes(b"\xff")
