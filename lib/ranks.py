@@ -10,6 +10,7 @@ import datetime
 import errno
 import os
 import platform
+import resource
 import signal
 import sys
 
@@ -35,14 +36,13 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 class Ranks:
-    """rank among world_size processes, local_rank among those of this machine, device; main: prints and writes."""
+    """rank: this process's number among world_size. device: what it computes on. main: does it print and write?"""
 
     def __init__(self, device: str):
         self.rank = int(os.environ.get("RANK", 0))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
-        self.device = choose_device(device, self.local_rank)
+        self.device = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
         self.signals = Signals()
 
     def __enter__(self):
@@ -117,6 +117,13 @@ class Ranks:
         mine = torch.stack([torch.full_like(sums[0], step), *sums])
         everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(everyone, mine)
+        steps = [int(theirs[0]) for theirs in everyone]
+        if len(set(steps)) > 1:
+            raise UserError(
+                f"the ranks would go on after different steps, {steps}: nothing is written.\n"
+                "HINT: every machine must see the same --log_dir; if one sees its newest files late, try again",
+                code=1,
+            )
         if different := [rank for rank, theirs in enumerate(everyone) if not torch.equal(theirs, everyone[0])]:
             raise UserError(
                 f"at step {step} the weights of ranks {different} differ from rank 0's: nothing is saved.\n"
@@ -133,8 +140,6 @@ class Ranks:
         """The most memory that this process has used, in GB: the GPU's, or else the machine's."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e9
-        import resource
-
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
