@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import hellaswag
 import metrics
 from GPT_Modules import GPT, GPTConfig
-from lib.checkpoint import SaveError, load_model, newest_checkpoint, point_newest, remove_older, save_checkpoint
+from lib.checkpoint import load_model, newest_checkpoint, point_newest, remove_older, save_checkpoint
 from lib.cli import PositiveFloat, PositiveInt, UserError, command, count, leave, parse
 from lib.files import only_writer
 from lib.ranks import Ranks, explain_out_of_memory
@@ -209,7 +209,7 @@ def check_same_run(config: TrainConfig, data: dict, checkpoint: dict, path) -> N
     pairs += [(name, model[name], now[name]) for name in MODEL_FLAGS if now[name] is not None]
     pairs += [(f"data ({name})", checkpoint["data"].get(name), value) for name, value in data.items()]
     differences = [f"{name} was {before}, is {value}" for name, before, value in pairs if before != value]
-    if config.max_steps < max(checkpoint["step"], then["max_steps"]):
+    if config.max_steps < then["max_steps"]:
         differences.append(f"max_steps was {then['max_steps']}, is {config.max_steps}, and may only grow")
     if differences:
         raise UserError(
@@ -283,12 +283,13 @@ def save(config: TrainConfig, ranks: Ranks, log: metrics.Log, state: dict, best:
     try:
         log.sync()
         path = save_checkpoint(config.log_dir, state, best)
-    except (SaveError, OSError) as error:
+    except OSError as error:
         ranks.say(f"WARNING: saving step {step} in {config.log_dir}: {error}; earlier checkpoints are intact")
         return False
     for problem in [] if best else remove_older(config.log_dir, step, config.keep_every):
         ranks.say(f"WARNING: an older checkpoint could not be removed: {problem}")
-    log.write(step, save_s=time.time() - start)
+    if not best:
+        log.write(step, save_s=time.time() - start)
     ranks.say(f"saved {path} in {time.time() - start:.1f} s")
     return True
 
@@ -301,7 +302,7 @@ def state_to_go_on_from(config: TrainConfig, ranks: Ranks, data: Data) -> tuple[
     state, path, damaged = newest_checkpoint(config.log_dir)
     precision = ranks.precision(config.dtype)
     if state is None:
-        state = {"step": 0, "val_loss": None, "val_step": None, "train_config": vars(config), "precision": precision}
+        state = {"step": 0, "val_loss": None, "val_step": None, "precision": precision}
         return first_model(config, data.train), state | {"source": config.init_from}
     if "precision" not in state and config.dtype == "auto" and ranks.device.type == "cpu":
         precision = "float32"  # as older versions, which did not say so, took it
@@ -320,15 +321,6 @@ def state_to_go_on_from(config: TrainConfig, ranks: Ranks, data: Data) -> tuple[
     model = GPT(state["config"])
     model.load_state_dict(state.pop("model"))
     return model, state | {"source": path}
-
-
-def learning_model(raw_model: GPT, ranks: Ranks, compiled: bool):
-    """raw_model wrapped for training: compiled for one shape, and in DDP, which averages gradients over the ranks."""
-    model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
-    if ranks.world_size > 1:
-        gpu = [ranks.local_rank] if ranks.device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=gpu, gradient_as_bucket_view=True)
-    return model
 
 
 def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
@@ -351,7 +343,9 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
         scaler.load_state_dict(state.get("scaler", {}))
     autocast = torch.autocast(ranks.device.type, getattr(torch, precision), enabled=precision != "float32")
     compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
-    model = learning_model(raw_model, ranks, compiled)
+    model = torch.compile(raw_model, dynamic=False) if compiled else raw_model  # for the one shape of a micro-batch
+    if ranks.world_size > 1:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)  # averages gradients over the ranks
 
     # ---- log
     facts = metrics.describe(vars(config), ranks, raw_model, data.train.identity(), precision, compiled)
@@ -373,7 +367,7 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
             stop = measured is None
         best = not stop and config.keep_best and measured.get("val", math.inf) < best_loss
         if not stop and "val" in measured:
-            val_loss, val_step, best_loss = measured["val"], step, min(measured["val"], best_loss)
+            val_loss, val_step = measured["val"], step
         last = step == config.max_steps or stop
         saving = (last or due(step, config.save_every, config.max_steps)) and step > first_step
         if saving or best:
@@ -381,9 +375,10 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
             state = constant | {"step": step, "val_loss": val_loss, "val_step": val_step, "best_loss": best_loss}
             state |= {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"scaler": scaler.state_dict()}
+            # the best first, because the checkpoint says of it that it is kept
+            if best and not ranks.max(not save(config, ranks, log, state | {"best_loss": val_loss}, best)):
+                state["best_loss"] = best_loss = val_loss
             saved = save(config, ranks, log, state) if saving else saved
-        if best:
-            save(config, ranks, log, state, best)
         if last:
             break
 

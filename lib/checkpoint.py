@@ -25,15 +25,11 @@ NEWEST, BEST = "model_checkpoint.pt", "model_best.pt"
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
-class SaveError(Exception):
-    """The disk did not take a checkpoint. Those before it are untouched."""
-
-
 def save_checkpoint(log_dir, state: dict, best: bool = False) -> Path:
     """Save the state of a run as LOG_DIR/model_NNNNN.pt (NNNNN: its step), verify it, link model_checkpoint.pt to it.
 
     state: model, optimizer, scaler, config, step, val_loss, val_step, best_loss, tokenizer, train_config, precision,
-    data. best: save it without the optimizer, as model_best.pt instead. Raises SaveError if the disk is full or fails,
+    data. best: save it without the optimizer, as model_best.pt instead. Raises OSError if the disk is full or fails,
     and ValueError for weights or moments that are not finite; then nothing has changed on the disk.
     """
     check_finite(state)
@@ -49,11 +45,11 @@ def save_checkpoint(log_dir, state: dict, best: bool = False) -> Path:
                 verify(file.name)
                 written.result()
     except Exception as error:
-        # torch's zip writer covers the OSError of a full disk with a RuntimeError ("unexpected pos")
-        if not isinstance(error, OSError) and not isinstance(error.__context__, OSError):
+        # torch's zip writer hides the OSError of a full disk behind a RuntimeError ("unexpected pos")
+        if not isinstance(error, OSError | zipfile.BadZipFile) and not isinstance(error.__context__, OSError):
             raise
         free = shutil.disk_usage(log_dir).free
-        raise SaveError(f"{path} could not be saved ({error}); {free:,} bytes are free there") from error
+        raise OSError(f"{path} could not be saved ({error}); {free:,} bytes are free there") from error
     if not best:
         point_newest(path)
     return path
@@ -123,14 +119,15 @@ def checkpoint_paths(log_dir) -> dict[int, Path]:
 def load_checkpoint(path) -> dict:
     """The content of a checkpoint, on the CPU. Nothing in the file is executed. Raises UserError if there is none, if
     it is damaged, or if it holds anything but plain data."""
-    if not again_if_stale(Path(path).is_file):
-        raise UserError(f"there is no checkpoint {path}")
     try:
         again_if_stale(verify, path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not {"model", "config"} <= content.keys():
             raise ValueError("it is no checkpoint: model or config is missing")
         return content
+    except FileNotFoundError:
+        names = ", ".join(HUB_NAMES)
+        raise UserError(f"there is no checkpoint or folder {path}; by name from the Hub there are {names}") from None
     except Exception as error:  # damaged files raise eight kinds
         raise UserError(f"{path} is damaged or not a checkpoint: {first_line(error)}") from None
 
@@ -160,14 +157,10 @@ def open_model(name: str) -> tuple[GPT, str, dict, Path | None]:
     Raises UserError if there is no such model, or if it is damaged.
     """
     path, checkpoint = Path(name), {}
-    if again_if_stale(path.is_file):
-        checkpoint = load_checkpoint(path)
-    elif path.is_dir() and checkpoint_paths(path):
+    if path.is_dir() and checkpoint_paths(path):
         checkpoint, path, _ = newest_checkpoint(path)
-    elif not path.is_dir() and name not in HUB_NAMES:
-        raise UserError(
-            f"there is no checkpoint or folder {name}; by name from the Hub there are {', '.join(HUB_NAMES)}"
-        )
+    elif path.is_file() or (not path.is_dir() and name not in HUB_NAMES):
+        checkpoint = load_checkpoint(path)
     if checkpoint:
         model = GPT(checkpoint["config"])
         try:

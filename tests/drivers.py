@@ -45,7 +45,7 @@ def poisoned(self, idx, targets=None):
 
 
 def disk_is_full(log_dir, state, best):
-    if state["step"] != int(argument):
+    if state["step"] != int(argument) or (what == "no_room_for_the_best" and not best):
         return save(log_dir, state, best)
     import resource
 
@@ -54,6 +54,12 @@ def disk_is_full(log_dir, state, best):
         return save(log_dir, state, best)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def killed_before_the_best(log_dir, state, best):
+    if best and state["step"] == int(argument):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return save(log_dir, state, best)
 
 
 def take_long(log_dir, state, best):
@@ -92,8 +98,12 @@ if what == "high_scale":
 train.get_lr = get_lr
 if what in ("nan_loss", "inf_loss", "nan_for_ever"):
     GPT.forward = poisoned
-if what == "full_disk":
+if what in ("full_disk", "no_room_for_the_best"):
     train.save_checkpoint = disk_is_full
+if what == "killed_before_the_best":
+    train.save_checkpoint = killed_before_the_best
+if what == "sees_no_checkpoint" and rank == last_rank:
+    train.newest_checkpoint = lambda log_dir: (None, None, [])
 if what == "slow_save":
     train.save_checkpoint = take_long
 if what == "gradients":

@@ -321,6 +321,29 @@ def test_the_best_weights_are_kept(data_dir, tmp_path):
     assert f"| validation loss | {best['val_loss']:.4f} nats per byte |" in (tmp_path / "out" / "README.md").read_text()
 
 
+BEST_AT_5 = {"max_lr": 0.015, "min_lr": 0.015, "max_steps": 6, "warmup_steps": 0, "val_every": 1, "save_every": 1}
+
+
+def test_a_kill_does_not_lose_the_best_weights(data_dir, tmp_path):
+    words = [*flags(data_dir=data_dir, log_dir=tmp_path, **BEST_AT_5), "--keep_best"]
+    killed = script(str(ROOT / "tests" / "drivers.py"), "killed_before_the_best", 5, *words, env={"PYTHONPATH": ROOT})
+    assert killed.returncode == -signal.SIGKILL and load_checkpoint(tmp_path / "model_best.pt")["step"] == 4
+    assert script("train.py", *words).returncode == 0
+    best = load_checkpoint(tmp_path / "model_best.pt")
+    assert best["step"] == 5 and best["best_loss"] == best["val_loss"]
+
+
+def test_the_best_that_could_not_be_saved_is_not_taken_for_kept(data_dir, tmp_path):
+    """Step 5 is the best and meets a full disk, step 6 is the second best."""
+    words = [*flags(data_dir=data_dir, log_dir=tmp_path, **BEST_AT_5), "--keep_best"]
+    done = driver("no_room_for_the_best", 5, *words)
+    assert done.returncode == 0, done.stderr
+    losses = dict(metrics.read_log(tmp_path)["val"])
+    assert sorted(losses, key=losses.get)[:2] == [5, 6]
+    assert "WARNING: saving step 5 in " in done.stdout and load_checkpoint(tmp_path / "model_best.pt")["step"] == 6
+    assert [step for step, _ in metrics.read_log(tmp_path)["save_s"]] == [1, 2, 3, 4, 5, 6]
+
+
 def test_without_keep_best_there_is_none(trained):
     assert not (trained / "model_best.pt").exists()
 
@@ -770,6 +793,12 @@ def test_ranks_that_drift_apart_stop_the_run(data_dir, tmp_path):
         done.stderr
     )
     assert load_checkpoint(tmp_path / "model_checkpoint.pt")["step"] == 3
+
+
+def test_a_machine_that_does_not_see_the_newest_checkpoint_is_told(data_dir, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "log", symlinks=True)
+    done = driver("sees_no_checkpoint", 0, *flags(data_dir=data_dir, log_dir=tmp_path / "log", max_steps=9))
+    assert done.returncode == 1 and "the ranks would go on after different steps, [8, 0]: nothing" in done.stderr
 
 
 def test_a_full_disk_costs_one_save_and_not_the_run(data_dir, trained, tmp_path):
