@@ -79,20 +79,15 @@ def pydoc_documents() -> list[str]:
     import ast
     import random
     import sysconfig
-    import warnings
     from pydoc_data.topics import topics
 
     documents = dict.fromkeys(topics.values())
     library = Path(sysconfig.get_path("stdlib"))
+    others = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
     for path in sorted(library.rglob("*.py")):
-        if {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"} & set(
-            path.parts[len(library.parts) :]
-        ):
+        if others & set(path.relative_to(library).parts):
             continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(path.read_bytes())
-        for node in ast.walk(tree):
+        for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 text = ast.get_docstring(node)
                 if text and len(text) > 40:
@@ -135,20 +130,15 @@ def open_dataset(config: DataConfig, revision: str | None):
     else:
         what = {"path": config.dataset, "name": dataset_name(config), "revision": revision}
     builder = datasets.load_dataset_builder(**what)
-    if getattr(builder.config, "columns", ...) is None:  # parquet: fetch one column of many
-        builder.config.columns = [config.text_field]
-    try:
-        stream = builder.as_streaming_dataset(split=config.split)
-        fields = stream.column_names or list(next(iter(stream), {}))
-    except (KeyError, ValueError):
-        if getattr(builder.config, "columns", None) is None:
-            raise
-        builder.config.columns = None
-        fields = list(next(iter(builder.as_streaming_dataset(split=config.split)), {}))
+    stream = builder.as_streaming_dataset(split=config.split)
+    fields = stream.column_names or list(next(iter(stream), {}))
     if fields and config.text_field not in fields:
         raise UserError(
             f"--text_field {config.text_field}: {config.dataset} has no such field; it has {', '.join(fields)}"
         )
+    if getattr(builder.config, "columns", ...) is None:  # parquet: fetch one column of many
+        builder.config.columns = [config.text_field]
+        stream = builder.as_streaming_dataset(split=config.split)
     return stream.select_columns([config.text_field]).with_format("arrow")
 
 
@@ -168,7 +158,7 @@ def dataset_batches(config: DataConfig, revision: str | None, state: dict | None
             return
         except (datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DataFilesNotFoundError) as error:
             raise UserError(f"--dataset {config.dataset}: {first_line(error)}") from None
-        except (UserError, GeneratorExit):
+        except UserError:
             raise
         except Exception as error:
             if local or (state is None and type(error) is ValueError):  # a wrong configuration, split or file
@@ -323,11 +313,11 @@ def check_space(config: DataConfig, written: int) -> None:
     if (expected := expected_tokens(config)) is None:
         return
     needed, free = 2 * (expected - written), shutil.disk_usage(config.data_dir).free
-    message = f"{config.data_dir} needs about {needed:,} bytes, {free:,} are free"
     if free < 0.9 * needed:
-        raise UserError(f"{message}.\nHINT: choose a --data_dir on a larger disk, or fewer --max_tokens")
-    if free < 1.1 * needed:
-        print(f"warning: {message}: that is tight", file=sys.stderr)
+        raise UserError(
+            f"{config.data_dir} needs about {needed:,} bytes, {free:,} are free.\n"
+            "HINT: choose a --data_dir on a larger disk, or fewer --max_tokens"
+        )
 
 
 def generate(config: DataConfig, manifest: dict) -> None:
@@ -373,11 +363,8 @@ def verify(config: DataConfig) -> None:
     manifest = read_manifest(config.data_dir)
     if manifest is None:
         raise UserError(f"{config.data_dir} has no manifest.json to verify against")
-    bad = []
-    with tqdm(total=sum(2 * shard["tokens"] for shard in manifest["shards"]), unit="B", unit_scale=True) as bar:
-        for entry, wrong in shards.verify(config.data_dir, manifest):
-            bad += [wrong] if wrong else []
-            bar.update(2 * entry["tokens"])
+    checked = shards.verify(config.data_dir, manifest)
+    bad = [wrong for wrong in tqdm(checked, total=len(manifest["shards"]), unit=" shards") if wrong]
     if bad:
         raise UserError("\n".join([*bad, f"{len(bad)} of {len(manifest['shards'])} shards are bad"]), code=1)
     state = "complete" if manifest["complete"] else "not complete: run the generator again"

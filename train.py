@@ -221,7 +221,7 @@ def check_same_run(config: TrainConfig, data: dict, checkpoint: dict, path) -> N
 def announce(config: TrainConfig, ranks: Ranks, data: Data, facts: dict, source) -> None:
     """Print the run's model, data and machine, and what to know of its data, before the first step."""
     ranks.say(metrics.in_words(facts, source, data.train))
-    if not data.train.complete:
+    if data.train.manifest and not data.train.manifest["complete"]:
         ranks.say(f"WARNING: {config.data_dir} is not complete: a run can't go on after its data has grown")
     if data.val and (tokens := data.val_steps * data.val.step_tokens) != config.val_tokens:
         ranks.say(

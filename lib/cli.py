@@ -135,12 +135,10 @@ def parse(cls, argv: list[str] | None, doc: str, presets: dict[str, dict] | None
             options["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
         else:
             options |= {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
-        if default not in (None, False, "", dataclasses.MISSING):
+        if default not in (None, False, ""):
             options["help"] += f" (default: {default})"
         if field.name == positional:
-            if default is not dataclasses.MISSING:
-                options["nargs"] = "?"
-            group.add_argument(field.name, **options | {"metavar": field.name.upper()})
+            group.add_argument(field.name, **options | {"metavar": field.name.upper(), "nargs": "?"})
         else:
             group.add_argument(f"--{field.name}", **options)
     arguments = sys.argv[1:] if argv is None else argv

@@ -123,7 +123,7 @@ def sha256(path) -> str:
 
 
 def verify(data_dir, manifest: dict):
-    """Check each shard against the manifest: presence, size, sha256, type and ids. Yields (entry, what is wrong)."""
+    """Check each shard against the manifest: presence, size, sha256, type and ids. Yields what is wrong, or None."""
     for entry in manifest["shards"]:
         path, wrong = Path(data_dir) / entry["file"], None
         try:
@@ -134,7 +134,7 @@ def verify(data_dir, manifest: dict):
                 wrong = f"{path}: token {largest} is not below the vocabulary's {manifest['vocab_size']}"
         except UserError as error:
             wrong = str(error)
-        yield entry, wrong
+        yield wrong
 
 
 # ---- writing ----
@@ -235,10 +235,6 @@ class TokenLoader:
             )
         self.thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="tokens")
         self.ahead = {}  # (step, micro_step) -> future of the batch that will be wanted next
-
-    @property
-    def complete(self) -> bool:
-        return self.manifest is None or self.manifest["complete"]
 
     def identity(self) -> dict:
         """What identifies the data, wherever the directory lies: a resumed run compares it with its checkpoint's."""
