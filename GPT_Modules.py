@@ -117,8 +117,8 @@ class GPT(nn.Module):
         """The last layer's output for tokens idx (B, T): (B, T, C), C channels for each token.
 
         pos (T,) or (B, T): positions, if they are not 0..T-1. mask (B, 1, T, T) bool: which tokens (last dimension)
-        each token sees, if not all before it. cache: a KVCache for each layer; idx is the whole prompt while
-        they are empty, then one token at a time. Raises ValueError if a token would stand beyond block_size.
+        each token sees, if not itself and all before it. cache: a KVCache for each layer; idx is the whole prompt
+        while they are empty, then one token at a time. Raises ValueError if a token would stand beyond block_size.
         """
         if pos is None:
             start = cache[0].length if cache else 0
@@ -138,7 +138,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """idx (B, T) -> (logits (B, T, V), None); with targets (B, T) -> (None, mean loss in nats per token).
 
-        Never both: learning does not build logits that nobody reads.
+        Never both: in training the loss is computed slice by slice, and the logits are never all in memory.
         """
         x = self.hidden(idx)
         if targets is None:
@@ -272,8 +272,8 @@ def linear_cross_entropy(x, weight, targets):
 
     x (n, C), weight (V, C), targets (n,) int64 -> (), float32; under autocast the products are in its dtype.
 
-    Why not that: at B=64, T=1024 the logits are 3.3 billion numbers, which the backward pass needs as well. But the
-    loss is the last operation, and its gradient is known as soon as the logits are:
+    Why not F.cross_entropy itself: at B=64, T=1024 the logits are 3.3 billion numbers, and it keeps them for the
+    backward pass. But the loss is the last operation, so its gradient is known as soon as the logits are:
     d loss / d logits = (softmax(logits) - one_hot(targets)) / n. So the forward pass takes a slice of tokens from x to
     its gradient and drops its logits before the next slice; the backward pass only multiplies.
     """
@@ -282,17 +282,17 @@ def linear_cross_entropy(x, weight, targets):
     return LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
 
 
-SLICE = {"cuda": 2**28}  # logits of a slice, about: few enough for memory, enough for an efficient product
+SLICE = {"cuda": 2**28, "cpu": 25_000_000}  # logits of a slice: few enough for memory, enough for a fast product
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, learning):
         n, V, w = x.size(0), weight.size(0), weight.to(x.dtype)
-        slices = max(1, n * V // SLICE.get(x.device.type, 25_000_000))
+        slices = max(1, n * V // SLICE.get(x.device.type, SLICE["cpu"]))
         rows, vocabulary = math.ceil(n / slices), torch.arange(V, device=x.device)
-        # Compiled, indexing into the logits (gather, scatter) keeps Inductor from fusing, and the logits in memory; so
-        # the target's logit is a dot product, and one_hot a comparison. Eagerly, indexing is faster.
+        # When compiled, gather and scatter stop Inductor from fusing the operations around them, and the slice's logits
+        # go to memory and back. So there the target's logit is a dot product, and one_hot a comparison.
         fused = torch.compiler.is_compiling()
         loss = x.new_zeros((), dtype=torch.float32)
         grad_x = torch.empty_like(x) if learning else None
@@ -307,14 +307,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             highest = logits.amax(dim=1, keepdim=True)
             probs = logits.sub_(highest).exp_()
             total = probs.sum(dim=1, keepdim=True)
-            loss = loss + (total.log() + highest - target_logits).sum() / n  # in place, torch 2.11 loses the gradient
+            # not in place: compiled by torch 2.11, that loses the gradient
+            loss = loss + (total.log() + highest - target_logits).sum() / n
             if learning:
                 if fused:
                     grad_logits = probs / total - (vocabulary == targets_i).float()
                 else:
                     grad_logits = probs.div_(total).scatter_add_(1, targets_i, -torch.ones_like(total))
                 grad_logits = grad_logits.to(x.dtype)
-                del logits, probs  # where these are in float32 still, the products can have their memory
+                del logits, probs  # free the float32 numbers before the products need memory
                 grad_x[i : i + rows] = grad_logits @ w
                 add_product(grad_weight, grad_logits, x_i)
         ctx.n = n
@@ -336,16 +337,16 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
     """
     if right.dtype == total.dtype:
         total.addmm_(left.T, right)
-    elif right.is_cuda:  # a product in bfloat16 that is never rounded to it
+    elif right.is_cuda:  # factors in half precision, sums in float32
         torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
     else:
         total += left.T @ right
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but for groups with "muon": their matrices take steps of Muon (Jordan 2024), the nearest orthogonal matrix
-    to the momentum of their gradients, scaled to the size of AdamW's steps (0.2 sqrt(max(rows, columns)), Liu et al.
-    2025, arXiv 2502.16982). The rows of c_attn.weight are q, k and v: three matrices, made orthogonal apart.
+    """AdamW; but groups marked "muon" take Muon's steps (Jordan 2024): a matrix moves by the orthogonal matrix that is
+    nearest to the momentum of its gradients, scaled to the size of AdamW's steps (0.2 sqrt(max(rows, columns)), Liu et
+    al. 2025, arXiv 2502.16982). The rows of c_attn.weight are q, k and v: three matrices, each made orthogonal alone.
     """
 
     momentum = 0.95

@@ -36,7 +36,7 @@ FINEWEB_EDU_10B_TOKENS = 9_950_000_000  # of sample-10BT, about
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 BATCH = 256  # documents that go to a worker at a time
-PAUSES = (1, 10, 60, 300)  # seconds between the tries after a network error; the Hub's library tries on its own before
+PAUSES = (1, 10, 60, 300)  # seconds before each new try after a network error; the Hub's library has tried before
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ PRESETS = {
 }
 
 
-# ---- documents: (texts, state after them), a batch at a time ----
+# ---- sources of documents: each yields (texts, its state after them), a batch at a time ----
 
 
 def pydoc_batches(state: int | None):
@@ -205,7 +205,7 @@ def resolve_revision(config: DataConfig, manifest: dict | None) -> str | None:
 
 
 def start_worker(tokenizer: str) -> None:
-    """Leave Ctrl-C to the parent, and leave when it is gone."""
+    """Ignore Ctrl-C, which the parent handles, and exit when the parent has died."""
     global encoding
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     encoding = get_tokenizer(tokenizer)
@@ -218,8 +218,8 @@ def start_worker(tokenizer: str) -> None:
 
 
 def encode_documents(texts: list[str], path: str) -> None:
-    """Write <|endoftext|> and the tokens of each text to a file of uint16. Text is text: a literal "<|endoftext|>" in
-    it does not become the token."""
+    """Write <|endoftext|> and the tokens of each text to a file of uint16. The characters <|endoftext|> inside a text
+    are encoded as any others."""
     arrays = []
     for text in texts:
         arrays.append(np.array([encoding.eot_token]))
@@ -330,7 +330,7 @@ def generate(config: DataConfig, manifest: dict) -> None:
         concurrent.futures.ProcessPoolExecutor(config.num_proc, None, start_worker, (config.tokenizer,)) as pool,
         tqdm(total=expected_tokens(config), initial=writer.tokens, unit=" tokens", unit_scale=True) as bar,
     ):
-        # the workers start before the Hub's threads and locks exist: a fork would copy those in whatever state they are
+        # start the workers now: a fork copies locks that threads hold, and the Hub's library starts threads
         list(pool.map(abs, range(config.num_proc)))
         if sys.version_info < (3, 11, 5):  # a pool with a killed worker waits for ever to hand over a batch
             pool._call_queue.cancel_join_thread()
@@ -341,7 +341,7 @@ def generate(config: DataConfig, manifest: dict) -> None:
         batches = positioned(batches, config, position["documents"])
         for tokens, position_after in tokenized(batches, pool, directory, in_flight=2 * config.num_proc):
             if config.max_tokens is not None:
-                tokens = tokens[: config.max_tokens - writer.tokens + position["skip"]]
+                tokens = tokens[: config.max_tokens - writer.tokens + position["skip"]]  # skip: those written already
             writer.add(tokens, position)
             bar.set_postfix_str(f"shard {len(manifest['shards'])}", refresh=False)
             bar.update(writer.tokens - bar.n)

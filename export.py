@@ -114,7 +114,7 @@ def config_files(config: GPTConfig, end_id: int) -> dict[str, str]:
 
 
 def export_weights(model: GPT) -> dict[str, torch.Tensor]:
-    """The weights under Hugging Face's names, as OpenAI laid them out: matrices (inputs, outputs), no tied copy."""
+    """The weights under Hugging Face's names, as OpenAI laid them out: (inputs, outputs); lm_head is wte."""
     return {
         name: (parameter.T if name.endswith(TRANSPOSED) else parameter).detach().contiguous()
         for name, parameter in model.named_parameters()

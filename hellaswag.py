@@ -127,7 +127,7 @@ def encode_choice(example: dict, ending: str, encoding: tiktoken.Encoding, style
 
 
 def tidy(text: str) -> str:
-    """Text as lm-evaluation-harness cleans it: WikiHow's marks go, once over double spaces."""
+    """Text as lm-evaluation-harness cleans it: without WikiHow's marks, double spaces replaced in one pass."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -186,7 +186,7 @@ def collate(rows) -> dict[str, torch.Tensor]:
     B, T = len(rows), max(map(row_length, rows))
     idx, pos, part = (np.zeros((B, T), dtype=np.int64) for _ in range(3))
     part[:] = 5  # padding, which no token of the others sees
-    where, targets, slots = [], [], []  # (M,) each: which of the B x T outputs predicts, which token, for which ending
+    where, targets, slots = [], [], []  # (M,) for each predicted token: its place in the B x T outputs, id, and ending
     for b, (context, endings) in enumerate(rows):
         n = len(context)
         idx[b, :n], pos[b, :n], part[b, :n] = context, range(n), 0
@@ -209,7 +209,7 @@ def collate(rows) -> dict[str, torch.Tensor]:
 def losses(model: GPT, questions: Questions, batches=None) -> np.ndarray:
     """Summed loss of each ending in nats, (n, 4). The head is computed where an ending is predicted, nowhere else.
 
-    batches: the questions' own, from something that watches them go by.
+    batches: the same, from an iterator that shows progress or stops early (default: questions.batches).
     """
     device = model.lm_head.weight.device
     sums = torch.zeros(4 * len(questions.labels), device=device)
@@ -230,7 +230,7 @@ def losses(model: GPT, questions: Questions, batches=None) -> np.ndarray:
 
 
 def count_right(questions: Questions, sums: np.ndarray) -> tuple[int, int]:
-    """(right by summed loss, right by loss per token or character); of equal scores the first counts."""
+    """(right by summed loss, right by loss per token or character); of equal scores the first ending wins."""
     right = sums.argmin(axis=1) == questions.labels
     right_norm = (sums / questions.lengths).argmin(axis=1) == questions.labels
     return int(right.sum()), int(right_norm.sum())

@@ -77,7 +77,7 @@ class Log:
             self.file.flush()
 
     def sync(self) -> None:
-        """Flush to the disk: before a checkpoint, so that no log is shorter than the checkpoint beside it."""
+        """Flush to the disk: before a checkpoint, so that the log has every step that the checkpoint has."""
         self.file.flush()
         os.fsync(self.file.fileno())
 
@@ -98,7 +98,7 @@ def read_log(log_dir) -> dict[str, list[tuple[int, float]]]:
 
 
 def describe(config: dict, ranks, model: GPT, data: dict, precision: str, compiled: bool) -> dict:
-    """The facts of a run for run.json, which others may read: of absolute paths the base name alone.
+    """The facts of a run for run.json. It may be published, so absolute paths are cut to their last part.
 
     config: vars of its TrainConfig. data: TokenLoader.identity().
     """
@@ -205,7 +205,7 @@ def plot(log_dir) -> Path | None:
         return None
     data, tokens_per_step = run.get("data", {}), run.get("tokens_per_step", 0)
     tokenizer = data.get("tokenizer", "gpt2")
-    comparable = data.get("dataset") == FINEWEB_EDU and tokenizer == "gpt2"  # to losses of the same validation tokens
+    comparable = data.get("dataset") == FINEWEB_EDU and tokenizer == "gpt2"  # GPT-2's loss is of this data's validation
     figure = Figure(figsize=(12 if "hella" in log else 8, 4.5), layout="constrained")
     axes = figure.subplots(1, 2 if "hella" in log else 1, squeeze=False)[0]
 

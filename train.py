@@ -49,7 +49,7 @@ class TrainConfig:
     # directories
     data_dir: str = DATA_DIR  # shards to learn from
     log_dir: str = "log"  # log, curve and checkpoints
-    resume: Literal["auto", "never"] = "auto"  # go on from the newest checkpoint in log_dir, or insist on a new run
+    resume: Literal["auto", "never"] = "auto"  # go on from log_dir's newest checkpoint; never: refuse to
     # a step
     total_batch_size: PositiveInt = 524_288  # tokens in a step, over all GPUs: 2^19, about the 0.5M of GPT-3's paper
     batch_size: PositiveInt = 64  # sequences in a micro-batch; memory decides, the result does not change
@@ -57,7 +57,7 @@ class TrainConfig:
     # the schedule
     max_steps: PositiveInt = 19_073  # updates: 10 billion tokens in steps of 2^19
     warmup_steps: int = 715  # updates of linear warm-up: 375 million tokens, as GPT-3's
-    schedule: Literal["cosine", "linear"] = "cosine"  # down to min_lr from the warm-up on, or in the last decay_steps
+    schedule: Literal["cosine", "linear"] = "cosine"  # to min_lr from the warm-up on, or in the last decay_steps only
     decay_steps: PositiveInt | None = None  # of the linear schedule: updates of its decay (default: half of max_steps)
     max_lr: PositiveFloat = 6e-4  # learning rate after the warm-up: GPT-3 124M's
     min_lr: float = 6e-5  # learning rate at the end
@@ -98,7 +98,7 @@ PRESETS = {  # gpt2 to gpt2-xl: learning rates of table 2.1 of Brown et al. 2020
     },
 }  # fmt: skip
 
-# What a continued run may change: neither the tokens of a step nor its update. max_steps may grow.
+# Settings that a continued run may change: none changes the tokens of a step or its update. max_steps may only grow.
 MAY_CHANGE = {
     "preset", "data_dir", "log_dir", "resume", "batch_size", "max_steps", "val_every", "val_tokens", "hellaswag_every",
     "hellaswag_data", "sample_every", "save_every", "keep_every", "keep_best", "device", "compile", "recompute",
@@ -305,7 +305,7 @@ def state_to_go_on_from(config: TrainConfig, ranks: Ranks, data: Data) -> tuple[
         state = {"step": 0, "val_loss": None, "val_step": None, "precision": precision}
         return first_model(config, data.train), state | {"source": config.init_from}
     if "precision" not in state and config.dtype == "auto" and ranks.device.type == "cpu":
-        precision = "float32"  # as older versions, which did not say so, took it
+        precision = "float32"  # older checkpoints don't name theirs; on a CPU it was this
     state.setdefault("precision", precision)
     check_same_run(config, data.train.identity(), state, path)
     for reason in damaged:
@@ -359,7 +359,7 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
     constant = {"config": raw_model.config, "train_config": vars(config), "precision": precision}
     constant |= {"tokenizer": data.train.tokenizer, "data": data.train.identity()}
 
-    # ---- the loop. step counts the updates made: after the last one it turns once more, to evaluate and save
+    # ---- the loop. step counts the updates made; after the last one there is one more turn, to evaluate and save
     stop, skips, saved, printed = False, 0, True, 0.0
     for step in range(first_step, config.max_steps + 1):
         if not stop:
@@ -398,10 +398,10 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip)
         stop = ranks.stopping()  # all ranks stop after the same step, whichever of them had the signal
         loss, norm, stop = torch.stack((ranks.sum(loss_sum), norm, stop)).tolist()  # the step's one wait for the GPU
-        if math.isfinite(loss) and math.isfinite(norm):  # the same on every rank: both are over all of them
+        if math.isfinite(loss) and math.isfinite(norm):  # both are over all ranks, so each of them decides the same
             optimizer.step()
             skips = 0
-        else:  # in float16 overflows are usual while the loss scale still falls: they count from 1 on
+        else:  # in float16 overflows are normal until the loss scale has come down: they count once it is 1
             skips += not scaler.is_enabled() or scaler.get_scale() <= 1
             log.write(step, skipped=1)
             ranks.say(f"step {step:5d} | loss {loss} norm {norm}: not finite, the update is skipped")

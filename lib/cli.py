@@ -78,8 +78,8 @@ def command(main):
 
 
 def leave(exit_code: int) -> typing.NoReturn:
-    """End the process. Under torchrun without Python's shutdown, during which a thread of gloo's that frees a tensor
-    aborts the process (-6)."""
+    """End the process. Under torchrun at once: during Python's normal shutdown a thread of gloo that still frees a
+    tensor can abort it (exit code -6)."""
     if "RANK" not in os.environ:
         sys.exit(exit_code)
     with contextlib.suppress(OSError):

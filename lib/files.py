@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lib.cli import UserError
 
+# what a call fails with that the file system does not support
 CANNOT = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.EINVAL, errno.EBADF}
 CANNOT |= {errno.ENODEV, errno.EEXIST, errno.EISDIR}
 

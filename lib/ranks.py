@@ -102,7 +102,8 @@ class Ranks:
         return self.max(self.signals.pending())
 
     def until_stopped(self, items: list):
-        """Yield the items until a signal asks any rank to stop. Ranks with fewer items ask as often as the others."""
+        """Yield the items until a signal asks any rank to stop. Every rank asks equally often, even with fewer items:
+        else the others would wait for its answer for ever."""
         for number in range(int(self.max(len(items)))):
             if self.stopping():
                 return

@@ -66,7 +66,7 @@ def open_shard(path: Path, tokens: int | None = None):
         if tokens not in (None, count):
             raise UserError(f"{path} has {count:,} tokens, its manifest says {tokens:,}")
         with if_possible("memory maps", f"the tokens of {path.parent} are read piece by piece"):
-            # slices of the plain view cost less than a memmap's
+            # a plain array, because each slice of a memmap is a new memmap, which takes longer to make
             return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(count,)))
         return FileTokens(path, offset, count)
     except FileNotFoundError:
@@ -143,8 +143,8 @@ def verify(data_dir, manifest: dict):
 class ShardWriter:
     """Cuts a stream of tokens into shards. Each is written whole, and then the manifest with the position after it.
 
-    A position says where the stream goes on: a dict that describes the source before some batch of documents, and under
-    "skip" how many of that batch's tokens are written.
+    A position says where the stream goes on: the state of the source before a batch of documents, and under "skip" how
+    many of that batch's tokens are in shards already.
     """
 
     def __init__(self, data_dir, manifest: dict):
@@ -163,7 +163,7 @@ class ShardWriter:
         """Append a batch (tokens,) to the stream, from position["skip"] on. Raises UserError as `write`."""
         start = position["skip"]
         while start < len(tokens):
-            if self.filled == len(self.buffer):  # only now that more follows: the last shard may be exactly full
+            if self.filled == len(self.buffer):  # and a token is left: the last shard is write(None)'s, full or not
                 self.write(position | {"skip": start})
             part = tokens[start : start + len(self.buffer) - self.filled]
             self.buffer[self.filled : self.filled + len(part)] = part
@@ -248,7 +248,7 @@ class TokenLoader:
     def batches(self, step: int):
         """Yield the micro-batches of this rank at a step: (x, y), each (B, T) int64; y is x one token ahead.
 
-        The next one is read meanwhile. Raises UserError if a token is not below the vocabulary.
+        While the caller works on one, a thread reads the next. Raises UserError if a token is not below the vocabulary.
         """
         for micro_step in range(self.micro_steps):
             future = self.ahead.pop((step, micro_step), None) or self.thread.submit(self.read_batch, step, micro_step)
@@ -257,7 +257,7 @@ class TokenLoader:
             yield future.result()
 
     def read_batch(self, step: int, micro_step: int):
-        """One micro-batch. In a step, sequences go to the ranks in turn, B at a time."""
+        """One micro-batch. In a step, rank 0 takes the first B sequences, rank 1 the next B, and so on, in turn."""
         import torch
 
         first = step * self.sequences_per_step + (micro_step * self.world_size + self.rank) * self.B
@@ -269,7 +269,8 @@ class TokenLoader:
         return (x.pin_memory(), y.pin_memory()) if self.pin_memory else (x, y)
 
     def spans(self, first: int):
-        """Yield (sequence, how many from it on) for the B sequences from the `first` of all epochs on."""
+        """The places in the stream of the B sequences from the one that is `first`, counted over all epochs: yields
+        (sequence of the stream, how many from there on)."""
         if self.shuffle is not None:
             for i in range(first, first + self.B):
                 epoch, place = divmod(i, self.sequences)
@@ -301,7 +302,7 @@ class TokenLoader:
 
 def shuffled(i: int, n: int, key: str) -> int:
     """Place i of a permutation of 0 .. n-1 that follows from the key, without a table: a Feistel network (Luby and
-    Rackoff 1988) permutes the smallest 2^(2 bits) >= n, and is applied again until the result is below n."""
+    Rackoff 1988) permutes 0 .. 4^bits - 1, at least n numbers, and is applied again while the result is n or more."""
     bits = max(1, ((n - 1).bit_length() + 1) // 2)
     while True:
         left, right = i >> bits, i & (2**bits - 1)

@@ -1,4 +1,4 @@
-"""The tokenizer: text to ids and back, the files that publish it, and what its prompts and units are called.
+"""The tokenizer: text to ids and back, the files that publish it, a prompt for samples, and what a token is called.
 
     encoding = get_tokenizer("gpt2")                       # 50257 tokens; "bytes": 256 bytes and <|endoftext|>
     encoding.encode_ordinary("Hello")                      # [15496]
