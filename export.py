@@ -218,12 +218,12 @@ def write_folder(config: ExportConfig, folder: Path) -> float:
 def export(config: ExportConfig) -> None:
     """Make the folder --out, whole or not at all."""
     out = Path(config.out)
+    if not out.name:
+        raise UserError(f"--out {config.out}: give the folder a name, as in --out GPT124M")
     if out.exists() and not config.overwrite:
         raise UserError(f"{out} is there already: --overwrite replaces it, --out chooses another folder")
     if out.exists() and not (out / "config.json").exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not an exported model: --overwrite won't replace it, --out chooses another folder")
-    if not out.name:
-        raise UserError(f"--out {config.out}: give the folder a name, as in --out GPT124M")
     temporary, old = out.with_name(out.name + ".new.tmp"), out.with_name(out.name + ".old.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -30,7 +30,6 @@ def test_these_files_and_no_others():
     assert there == {str(path.relative_to(ROOT)) for path in FILES.values()} | {"lib/__init__.py"}
 
 
-
 @pytest.mark.parametrize("name", FILES)
 def test_the_arrows_go_one_way(name):
     ours = {other for other in FILES if "." not in other} | {"lib"}
