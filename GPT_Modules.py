@@ -129,7 +129,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
         with sdpa_kernel(CHANGING_SHAPES) if mask is not None or cache else contextlib.nullcontext():
             for layer, block in enumerate(self.transformer.h):
-                if self.recompute and torch.is_grad_enabled():
+                if self.recompute and torch.is_grad_enabled():  # torch calls this activation checkpointing
                     x = checkpoint(block, x, mask, use_reentrant=False, preserve_rng_state=False)
                 else:
                     x = block(x, mask, cache[layer] if cache else None)
@@ -274,12 +274,12 @@ def linear_cross_entropy(x, weight, targets):
 
     Why not F.cross_entropy itself: at B=64, T=1024 the logits are 3.3 billion numbers, and it keeps them for the
     backward pass. But the loss is the last operation, so its gradient is known as soon as the logits are:
-    d loss / d logits = (softmax(logits) - one_hot(targets)) / n. So the forward pass takes a slice of tokens from x to
-    its gradient and drops its logits before the next slice; the backward pass only multiplies.
+    d loss / d logits = (softmax(logits) - one_hot(targets)) / n. So the forward pass handles a slice of tokens at a
+    time: logits, loss, and at once their part of the gradients; the backward pass only scales the gradients.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
+    return LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())  # inside, it is always off
 
 
 SLICE = {"cuda": 2**28, "cpu": 25_000_000}  # logits of a slice: few enough for memory, enough for a fast product

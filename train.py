@@ -98,7 +98,8 @@ PRESETS = {  # gpt2 to gpt2-xl: learning rates of table 2.1 of Brown et al. 2020
     },
 }  # fmt: skip
 
-# Settings that a continued run may change: none changes the tokens of a step or its update. max_steps may only grow.
+# Settings that a continued run may change. They change neither the tokens of a step nor its update, but for max_steps,
+# whose end the schedule follows; it may only grow.
 MAY_CHANGE = {
     "preset", "data_dir", "log_dir", "resume", "batch_size", "max_steps", "val_every", "val_tokens", "hellaswag_every",
     "hellaswag_data", "sample_every", "save_every", "keep_every", "keep_best", "device", "compile", "recompute",
@@ -223,6 +224,8 @@ def announce(config: TrainConfig, ranks: Ranks, data: Data, facts: dict, source)
     ranks.say(metrics.in_words(facts, source, data.train))
     if data.train.manifest and not data.train.manifest["complete"]:
         ranks.say(f"WARNING: {config.data_dir} is not complete: a run can't go on after its data has grown")
+    if config.warmup_steps > config.max_steps:
+        ranks.say(f"WARNING: no step has --max_lr: --warmup_steps {config.warmup_steps} are more than all steps")
     if data.val and (tokens := data.val_steps * data.val.step_tokens) != config.val_tokens:
         ranks.say(
             f"validation uses {tokens:,} tokens: the whole steps in --val_tokens {config.val_tokens:,} and in the "
@@ -343,7 +346,8 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
         scaler.load_state_dict(state.get("scaler", {}))
     autocast = torch.autocast(ranks.device.type, getattr(torch, precision), enabled=precision != "float32")
     compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
-    model = torch.compile(raw_model, dynamic=False) if compiled else raw_model  # for the one shape of a micro-batch
+    # model learns, in the one shape of a micro-batch; raw_model, the same weights, takes all shapes and is saved
+    model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
     if ranks.world_size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)  # averages gradients over the ranks
 
@@ -375,7 +379,7 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
             state = constant | {"step": step, "val_loss": val_loss, "val_step": val_step, "best_loss": best_loss}
             state |= {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"scaler": scaler.state_dict()}
-            # the best first, because the checkpoint says of it that it is kept
+            # model_best.pt first: best_loss in the checkpoint promises that it is there
             if best and not ranks.max(not save(config, ranks, log, state | {"best_loss": val_loss}, best)):
                 state["best_loss"] = best_loss = val_loss
             saved = save(config, ranks, log, state) if saving else saved
@@ -396,13 +400,14 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
             loss_sum += loss.detach() / (data.train.micro_steps * ranks.world_size)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip)
-        stop = ranks.stopping()  # all ranks stop after the same step, whichever of them had the signal
-        loss, norm, stop = torch.stack((ranks.sum(loss_sum), norm, stop)).tolist()  # the step's one wait for the GPU
+        # the step's one wait for the GPU. All ranks stop after the same step, whichever of them had the signal
+        loss, norm, stop = torch.stack((ranks.sum(loss_sum), norm, ranks.stopping())).tolist()
         if math.isfinite(loss) and math.isfinite(norm):  # both are over all ranks, so each of them decides the same
             optimizer.step()
             skips = 0
-        else:  # in float16 overflows are normal until the loss scale has come down: they count once it is 1
-            skips += not scaler.is_enabled() or scaler.get_scale() <= 1
+        else:
+            if scaler.get_scale() <= 1:  # but in float16 it always is: there overflows are normal while the scale falls
+                skips += 1
             log.write(step, skipped=1)
             ranks.say(f"step {step:5d} | loss {loss} norm {norm}: not finite, the update is skipped")
         scaler.update()

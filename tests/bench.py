@@ -150,7 +150,7 @@ def part_load(options) -> dict:
     """One loader in a process of its own, so that its memory can be told."""
 
     def own() -> float:
-        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1000
+        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024 / 1e6
 
     before, start, B, T = own(), time.perf_counter(), 64, 1024
     if options.which.startswith("ours"):
@@ -526,7 +526,8 @@ def main() -> None:
     parts = {name: function for name, function in globals().items() if name.startswith(("bench_", "part_"))}
     choices = {name.partition("_")[2]: function for name, function in parts.items()}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=choices)
+    benchmarks = ",".join(name.removeprefix("bench_") for name in parts if name.startswith("bench_"))
+    parser.add_argument("part", choices=choices, metavar=f"{{{benchmarks}}}")  # the other parts run below these
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)

@@ -423,6 +423,19 @@ def test_no_network_for_the_vocabulary(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_what_is_worth_knowing_is_said_before_the_first_step(tmp_path, capsys):
+    write_shards(tmp_path / "data", {"val": [600], "train": [3000]})
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
+    words = flags(data_dir=tmp_path / "data", log_dir=tmp_path / "log", max_steps=1, val_tokens=5000)
+    assert train.main(words) == 0
+    printed = capsys.readouterr().out
+    assert "data is not complete: a run can't go on after its data has grown" in printed
+    assert "WARNING: no step has --max_lr: --warmup_steps 2 are more than all steps" in printed
+    assert "validation uses 512 tokens: the whole steps in --val_tokens 5,000 and in the 600 of" in printed
+    assert printed.index("validation uses") < printed.index("step     0 |")
+
+
 # ---- going on ----
 
 
