@@ -406,7 +406,7 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
             optimizer.step()
             skips = 0
         else:
-            if scaler.get_scale() <= 1:  # but in float16 it always is: there overflows are normal while the scale falls
+            if scaler.get_scale() <= 1:  # above 1, which only float16 has, overflows are normal: they lower it
                 skips += 1
             log.write(step, skipped=1)
             ranks.say(f"step {step:5d} | loss {loss} norm {norm}: not finite, the update is skipped")
