@@ -10,6 +10,8 @@ A run that was interrupted goes on where it stopped: run the same command again.
 import collections
 import concurrent.futures
 import glob
+import hashlib
+import json
 import multiprocessing
 import os
 import platform
@@ -29,7 +31,7 @@ from tqdm import tqdm
 from lib import shards
 from lib.cli import PositiveInt, UserError, command, count, first_line, parse
 from lib.files import only_writer
-from lib.shards import DATA_DIR, DEMO_DATA_DIR, FINEWEB_EDU, ShardWriter, read_manifest
+from lib.shards import DATA_DIR, DEMO_DATA_DIR, FINEWEB_EDU, ShardWriter, open_shard, read_manifest
 from lib.tokenizer import get_tokenizer
 
 FINEWEB_EDU_10B_TOKENS = 9_950_000_000  # of sample-10BT, about
@@ -179,11 +181,16 @@ def dataset_name(config: DataConfig) -> str | None:
 
 
 def resolve_revision(config: DataConfig, manifest: dict | None) -> str | None:
-    """What exactly is read: a commit of the Hub data set, so that a rerun days later sees the same documents."""
+    """What exactly is read, so that a rerun days later sees the same documents: a commit of the Hub data set, or how
+    many local files there are, their bytes, and a digest of their names and sizes."""
     if config.dataset == "pydoc":
         return platform.python_version()
-    if local_files(config.dataset):
-        return None
+    if files := local_files(config.dataset):
+        if manifest and manifest["revision"] is None:  # begun by an older version, which did not look
+            return None
+        sizes = [(os.path.basename(file), os.path.getsize(file)) for file in files]
+        digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:8]
+        return f"{count(len(files), 'file')}, {sum(size for _, size in sizes):,} bytes, {digest}"
     if manifest and config.revision in (None, manifest["revision"]):
         return manifest["revision"]
     from huggingface_hub import HfApi
@@ -270,7 +277,8 @@ def positioned(batches, config: DataConfig, documents: int):
 
 
 def start_manifest(config: DataConfig) -> dict:
-    """The manifest of data_dir to go on from, or a new one; raises UserError if it was begun with other settings."""
+    """The manifest of data_dir to go on from, or a new one. Raises UserError if it was begun with other settings, if a
+    shard of it is gone, or if there are shards that this program did not write."""
     old = read_manifest(config.data_dir)
     new = {
         "dataset": config.dataset,
@@ -283,6 +291,9 @@ def start_manifest(config: DataConfig) -> dict:
         "shard_size": config.shard_size,
     }
     if old is None:
+        for path in Path(config.data_dir).glob("*train*"):
+            if path.suffix in (".npy", ".bin"):
+                raise UserError(f"{path} is there already, without a manifest.json: choose another --data_dir")
         return new | {"shards": [], "position": None, "complete": False}
     differences = [f"{key} was {old.get(key)}, is {value}" for key, value in new.items() if old.get(key) != value]
     written = sum(shard["tokens"] for shard in old["shards"])
@@ -293,6 +304,11 @@ def start_manifest(config: DataConfig) -> dict:
             f"{config.data_dir} was begun with other settings: {'; '.join(differences)}.\n"
             "HINT: choose another --data_dir, or delete this one"
         )
+    try:
+        for shard in old["shards"]:
+            open_shard(Path(config.data_dir) / shard["file"], shard["tokens"])
+    except UserError as error:
+        raise UserError(f"{error}\nHINT: delete {config.data_dir} and run the same command again") from None
     return old
 
 
@@ -391,6 +407,12 @@ def write_data_set(config: DataConfig) -> dict:
             raise UserError(
                 "a tokenizing process was killed (out of memory?).\n"
                 "HINT: run the same command again, perhaps with a smaller --num_proc",
+                code=1,
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{config.data_dir} can't be written: {first_line(error)}\n"
+                "HINT: what is written is whole; make room and run the same command again",
                 code=1,
             ) from None
     return manifest

@@ -47,7 +47,10 @@ def read_manifest(data_dir) -> dict | None:
     """DATA_DIR/manifest.json, or None where there is none. Raises UserError for one that can't be read."""
     path = Path(data_dir) / "manifest.json"
     try:
-        return json.loads(again_if_stale(path.read_text))
+        manifest = json.loads(again_if_stale(path.read_text))
+        if "shards" not in manifest:
+            raise ValueError("it lists no shards")
+        return manifest
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -154,6 +154,27 @@ def test_one_text_file_and_max_tokens(tmp_path):
     assert_shards(tmp_path / "full", shards[:2])
 
 
+@pytest.mark.parametrize("change", ["another size", "one more", "shard lost", "manifest lost"])
+def test_what_has_changed_since_is_not_mixed(change, tmp_path, capsys):
+    """A rerun over other files, or over shards that are not the manifest's, stops before it writes anything."""
+    for name in "bc":
+        (tmp_path / f"{name}.txt").write_text("\n".join(words_of(60)))
+    words = ["--dataset", str(tmp_path / "*.txt"), "--tokenizer=bytes", "--shard_size=3000"]
+    words += [f"--data_dir={tmp_path / 'data'}"]
+    assert data_generator.main(words) == 0 and data_generator.main(words) == 0
+    if change == "shard lost":
+        (tmp_path / "data" / "edufineweb_train_000002.npy").unlink()
+    elif change == "manifest lost":
+        (tmp_path / "data" / "manifest.json").unlink()
+    else:
+        (tmp_path / ("a.txt" if change == "one more" else "b.txt")).write_text("other text")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    assert data_generator.main(words) == 2
+    says = {"shard lost": "000002.npy is missing\nHINT: delete", "manifest lost": "is there already, without a"}
+    assert says.get(change, "revision was 2 files, ") in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
+
+
 def test_tiny_shakespeare(tmp_path):
     """Runs where the text is at hand; its tokens are pinned."""
     path = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
