@@ -6,6 +6,7 @@ python export.py --model demo/log/model_checkpoint.pt --out demo/GPT --overwrite
 """
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -21,7 +22,7 @@ from lib.files import sync
 from lib.shards import is_on_hub, public_name
 from lib.tokenizer import PROMPT, UNIT, get_tokenizer, tokenizer_files
 from metrics import read_log, read_run
-from sample import stream_text
+from sample import printable, stream_text
 
 TOLERANCE = 1e-4  # between logits of the same weights; cropping the vocabulary changes the order of some sums
 
@@ -164,7 +165,7 @@ def model_card(name: str, model: GPT, tokenizer: str, checkpoint: dict, log_dir:
         first_weights=Path(train.get("init_from", "")).name,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         curve=log_dir is not None and (log_dir / "curve.png").exists(),
-        samples=[text.replace("```", "'''") for text in texts],
+        samples=[printable(text).replace("```", "'''") for text in texts],
     )  # fmt: skip
     return str(card)
 
@@ -215,15 +216,25 @@ def write_folder(config: ExportConfig, folder: Path) -> float:
     return difference
 
 
+def is_export(out: Path) -> bool:
+    """Is a folder empty, or a model and nothing below it, so that it can be replaced?"""
+    if not out.is_dir():
+        return False
+    files = {path.name for path in out.iterdir() if not path.is_dir()}
+    return not any(out.iterdir()) or ({"config.json", "model.safetensors"} <= files == set(os.listdir(out)))
+
+
 def export(config: ExportConfig) -> None:
     """Make the folder --out, whole or not at all."""
-    out = Path(config.out)
-    if not out.name:
+    out = Path(config.out).resolve()  # of a link, the folder that it points to
+    if not Path(config.out).name:
         raise UserError(f"--out {config.out}: give the folder a name, as in --out GPT124M")
     if out.exists() and not config.overwrite:
-        raise UserError(f"{out} is there already: --overwrite replaces it, --out chooses another folder")
-    if out.exists() and not (out / "config.json").exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not an exported model: --overwrite won't replace it, --out chooses another folder")
+        raise UserError(f"{config.out} is there already: --overwrite replaces it, --out chooses another folder")
+    if out.exists() and not is_export(out):
+        raise UserError(
+            f"{config.out} is not an exported model: --overwrite won't replace it, --out chooses another folder"
+        )
     temporary, old = out.with_name(out.name + ".new.tmp"), out.with_name(out.name + ".old.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -238,10 +249,10 @@ def export(config: ExportConfig) -> None:
         sync(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"{out} can't be written: {error}", code=1) from None
+        raise UserError(f"{config.out} can't be written: {error}", code=1) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"{out}: read back, logits differ from the checkpoint's by {difference:.2g} at most")
+    print(f"{config.out}: read back, logits differ from the checkpoint's by {difference:.2g} at most")
 
 
 # ---- the Hub ----

@@ -59,9 +59,13 @@ def show_samples(model: GPT, encoding: tiktoken.Encoding, autocast) -> str:
     for seed in (42, 43):
         with autocast:
             text = prompt + "".join(stream_text(model, encoding, prompt, length, temperature=0.8, seed=seed))
-        text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)  # no control codes
-        texts.append("  sample\n  > " + text.replace("\n", "\n  > "))
+        texts.append("  sample\n  > " + printable(text).replace("\n", "\n  > "))
     return "\n".join(texts)
+
+
+def printable(text: str) -> str:
+    """The text with a replacement character for each control code."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 @command

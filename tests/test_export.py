@@ -169,6 +169,21 @@ def test_a_folder_is_not_overwritten_unasked(gpt2_checkpoint, bytes_folder, trai
     assert "is not an exported model" in capsys.readouterr().err and (tmp_path / "thesis" / "chapter").exists()
 
 
+def test_only_a_folder_of_a_model_is_replaced_and_of_a_link_its_target(trained, tmp_path, capsys):
+    words = ["--model", str(trained), "--overwrite", "--out"]
+    (tmp_path / "clone" / ".git").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "clone" / name).write_text("{}")
+    assert export.main([*words, str(tmp_path / "clone")]) == 2 and (tmp_path / "clone" / ".git").exists()
+    assert "is not an exported model" in capsys.readouterr().err
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    for _ in range(2):
+        assert export.main([*words, str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "config.json").exists()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 def test_a_folder_without_a_name_is_refused(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert export.main(["--model", str(trained), "--out", ".", "--overwrite"]) == 2
@@ -202,6 +217,7 @@ def test_the_card_says_what_was_measured(bytes_folder, gpt2_folder):
     from huggingface_hub import ModelCard
 
     card = ModelCard.load(bytes_folder / "README.md")
+    assert sample.printable("a\0b\n") == "a\ufffdb\n" and "\0" not in card.content
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
     assert card.data.license == "mit" and card.data.language == "en" and card.data.datasets is None
     losses = {result.metric_type: result.metric_value for result in card.data.eval_results}
