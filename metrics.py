@@ -42,6 +42,9 @@ PEAK_TFLOPS = {
 }  # fmt: skip
 
 
+VALUE = r"\d+ \w+ (-?\d+(\.\d+)?(e[-+]\d+)?|-?inf|nan)\n"  # a line of log.txt: step, stream, value
+
+
 @dataclass(frozen=True)
 class MetricsConfig:
     log_dir: str = "log"  # directory of a run
@@ -55,17 +58,20 @@ class MetricsConfig:
 class Log:
     """LOG_DIR/log.txt, continued from a step: what was measured at this step or later is measured again.
 
-    log_dir None writes nothing: for the ranks that don't keep the log.
+    log_dir None writes nothing: for the ranks that don't keep the log. kept: streams whose value at the step itself
+    stays, because they are not measured again at it.
     """
 
-    def __init__(self, log_dir, first_step: int):
+    def __init__(self, log_dir, first_step: int, kept=()):
         self.file = None
         if log_dir is None:
             return
         path = Path(log_dir) / "log.txt"
-        kept = [line for line in whole_lines(path) if int(line.split()[0]) < first_step]
         with whole_file(path) as file:
-            file.writelines(line.encode() for line in kept)
+            for line in whole_lines(path):
+                step, stream, _ = line.split()
+                if int(step) < first_step or (int(step) == first_step and stream in kept):
+                    file.write(line.encode())
         self.file = open(path, "a", buffering=2**24)  # bytes of lines that can wait for a disk with room
 
     def write(self, step: int, **values: float) -> None:
@@ -83,9 +89,9 @@ class Log:
 
 
 def whole_lines(path: Path) -> list[str]:
-    """The whole lines of a log: not those that a power cut left torn or filled with zeros."""
+    """The whole lines of a log: not those that a power cut or an editor has torn or filled with something else."""
     text = path.read_text(errors="replace") if path.exists() else ""
-    return [line for line in text.splitlines(keepends=True) if re.fullmatch(r"\d+ \w+ \S+\n", line)]
+    return [line for line in text.splitlines(keepends=True) if re.fullmatch(VALUE, line)]
 
 
 def read_log(log_dir) -> dict[str, list[tuple[int, float]]]:
@@ -140,7 +146,10 @@ def write_run(log_dir, facts: dict) -> None:
 
 def read_run(log_dir) -> dict:
     path = Path(log_dir) / "run.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path} can't be read: {error}; delete it if it is damaged") from None
 
 
 # ---- speed ----
@@ -310,6 +319,8 @@ def replay(config: MetricsConfig) -> None:
 @command
 def main(argv=None) -> int:
     config = parse(MetricsConfig, argv, __doc__, positional="log_dir")
+    if config.follow and not config.tracker:
+        raise UserError("--follow sends what a run writes to a --tracker: give one, wandb or tensorboard")
     log = read_log(config.log_dir)
     if not log:
         raise UserError(f"{config.log_dir} has no log.txt with values in it: is it the --log_dir of a run?")

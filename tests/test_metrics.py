@@ -85,6 +85,15 @@ def test_a_log_waits_for_a_disk_with_room(tmp_path):
     assert [step for step, _ in read_log(tmp_path)["norm"]] == list(range(50_000))
 
 
+def test_lines_that_are_torn_or_edited_are_passed_over(tmp_path, capsys):
+    (tmp_path / "log.txt").write_text("0 val 5.5\n1 val 5,4\n2 val 5.\0\n3 val nan\n4 val -inf\n5 lr 6e-05\n6 val 5")
+    assert metrics.main([str(tmp_path)]) == 0
+    assert [step for step, _ in read_log(tmp_path)["val"]] == [0, 3, 4] and read_log(tmp_path)["lr"] == [(5, 6e-5)]
+    (tmp_path / "run.json").write_text("{")
+    assert metrics.main([str(tmp_path)]) == 2 and "run.json can't be read" in capsys.readouterr().err
+    assert metrics.main([str(tmp_path), "--follow"]) == 2 and "--tracker: give one" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "case", [{}, {"train": 1}, {"train": 2, "hella": False}, {"val": False, "hella": False}, {"dataset": None}]
 )
