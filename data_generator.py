@@ -277,8 +277,7 @@ def positioned(batches, config: DataConfig, documents: int):
 
 
 def start_manifest(config: DataConfig) -> dict:
-    """The manifest of data_dir to go on from, or a new one. Raises UserError if it was begun with other settings, if a
-    shard of it is gone, or if there are shards that this program did not write."""
+    """The manifest of data_dir to go on from, or a new one; raises UserError if what is there is of another run."""
     old = read_manifest(config.data_dir)
     new = {
         "dataset": config.dataset,
@@ -410,11 +409,8 @@ def write_data_set(config: DataConfig) -> dict:
                 code=1,
             ) from None
         except OSError as error:
-            raise UserError(
-                f"{config.data_dir} can't be written: {first_line(error)}\n"
-                "HINT: what is written is whole; make room and run the same command again",
-                code=1,
-            ) from None
+            message = f"{config.data_dir} can't be written: {first_line(error)}"
+            raise UserError(f"{message}\nHINT: make room and run the same command again", code=1) from None
     return manifest
 
 
