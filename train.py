@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import hellaswag
 import metrics
 from GPT_Modules import GPT, GPTConfig
-from lib.checkpoint import load_model, newest_checkpoint, point_newest, remove_older, save_checkpoint
+from lib.checkpoint import NEWEST, best_loss, load_model, newest_checkpoint, point_newest, remove_older, save_checkpoint
 from lib.cli import PositiveFloat, PositiveInt, UserError, command, count, leave, parse
 from lib.files import only_writer
 from lib.ranks import Ranks, explain_out_of_memory
@@ -98,8 +98,7 @@ PRESETS = {  # gpt2 to gpt2-xl: learning rates of table 2.1 of Brown et al. 2020
     },
 }  # fmt: skip
 
-# Settings that a continued run may change. They change neither the tokens of a step nor its update, but for max_steps,
-# whose end the schedule follows; it may only grow.
+# What a continued run may change: no step's tokens change by it. max_steps may only grow; the schedule follows it.
 MAY_CHANGE = {
     "preset", "data_dir", "log_dir", "resume", "batch_size", "max_steps", "val_every", "val_tokens", "hellaswag_every",
     "hellaswag_data", "sample_every", "save_every", "keep_every", "keep_best", "device", "compile", "recompute",
@@ -313,7 +312,7 @@ def state_to_go_on_from(config: TrainConfig, ranks: Ranks, data: Data) -> tuple[
     check_same_run(config, data.train.identity(), state, path)
     for reason in damaged:
         ranks.say(f"WARNING: {reason}: passed over")
-    if damaged and ranks.main:
+    if ranks.main and path.with_name(NEWEST).resolve() != path.resolve():  # killed before it was moved, or damaged
         point_newest(path)
     ranks.say(f"going on from {path}, after {count(state['step'], 'step')}")
     if state["precision"] != precision:
@@ -330,7 +329,8 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
     """Start the run, or go on from its newest checkpoint, to max_steps or until a signal. Returns the exit code."""
     raw_model, state = state_to_go_on_from(config, ranks, data)
     first_step, precision, val_loss = state["step"], state["precision"], state["val_loss"]
-    val_step, best_loss = state.get("val_step", first_step), state.get("best_loss", math.inf)  # old ones have neither
+    val_step = state.get("val_step", first_step)  # older checkpoints lack it
+    lowest = best_loss(config.log_dir) if config.keep_best else 0.0  # validation loss: what is below it is kept
     questions = hellaswag.share_out(data.examples, data.encoding, raw_model.config.block_size, ranks)
 
     # ---- model and optimizer
@@ -355,7 +355,9 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
     facts = metrics.describe(vars(config), ranks, raw_model, data.train.identity(), precision, compiled)
     announce(config, ranks, data, facts, state["source"])
     del state  # gigabytes
-    log = metrics.Log(config.log_dir if ranks.main else None, first_step)
+    evaluations = {"val": config.val_every, "hella": config.hellaswag_every}
+    kept = [name for name, every in evaluations.items() if not due(first_step, every, config.max_steps)]
+    log = metrics.Log(config.log_dir if ranks.main else None, first_step, kept)
     speed = metrics.Speed(raw_model.config, config, ranks, precision)
     if ranks.main:
         metrics.write_run(config.log_dir, facts)
@@ -369,19 +371,17 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
         if not stop:
             measured = evaluate(step, config, ranks, data, questions, model, raw_model, autocast, log)
             stop = measured is None
-        best = not stop and config.keep_best and measured.get("val", math.inf) < best_loss
+        best = not stop and measured.get("val", math.inf) < lowest
         if not stop and "val" in measured:
             val_loss, val_step = measured["val"], step
         last = step == config.max_steps or stop
         saving = (last or due(step, config.save_every, config.max_steps)) and step > first_step
         if saving or best:
             ranks.check_same(raw_model, step)
-            state = constant | {"step": step, "val_loss": val_loss, "val_step": val_step, "best_loss": best_loss}
+            state = constant | {"step": step, "val_loss": val_loss, "val_step": val_step, "scaler": scaler.state_dict()}
             state |= {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"scaler": scaler.state_dict()}
-            # model_best.pt first: best_loss in the checkpoint promises that it is there
-            if best and not ranks.max(not save(config, ranks, log, state | {"best_loss": val_loss}, best)):
-                state["best_loss"] = best_loss = val_loss
+            if best and not ranks.max(not save(config, ranks, log, state, best)):
+                lowest = val_loss
             saved = save(config, ranks, log, state) if saving else saved
         if last:
             break

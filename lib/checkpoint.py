@@ -6,6 +6,8 @@
 LOG_DIR/model_05000.pt is the state after 5000 updates; model_checkpoint.pt points to the newest good one.
 """
 
+import logging
+import math
 import os
 import re
 import shutil
@@ -16,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from GPT_Modules import GPT
+from GPT_Modules import GPT, GPTConfig
 from lib.cli import UserError, first_line
 from lib.files import again_if_stale, if_possible, replace, whole_file
-from lib.tokenizer import tokenizer_of
+from lib.tokenizer import get_tokenizer, tokenizer_of
 
 NEWEST, BEST = "model_checkpoint.pt", "model_best.pt"
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -28,9 +30,9 @@ HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 def save_checkpoint(log_dir, state: dict, best: bool = False) -> Path:
     """Save the state of a run as LOG_DIR/model_NNNNN.pt (NNNNN: its step), verify it, link model_checkpoint.pt to it.
 
-    state: model, optimizer, scaler, config, step, val_loss, val_step, best_loss, tokenizer, train_config, precision,
-    data. best: save it without the optimizer, as model_best.pt instead. Raises OSError if the disk is full or fails,
-    and ValueError for weights or moments that are not finite; then nothing has changed on the disk.
+    state: model, optimizer, scaler, config, step, val_loss, val_step, tokenizer, train_config, precision, data. best:
+    save it without the optimizer, as model_best.pt instead. Raises OSError if the disk is full or fails, and UserError
+    for weights or moments that are not finite; then nothing has changed on the disk.
     """
     check_finite(state)
     path = Path(log_dir) / f"model_{state['step']:05d}.pt"
@@ -70,11 +72,18 @@ def remove_older(log_dir, step: int, keep_every: int) -> list[OSError]:
     return errors
 
 
+def best_loss(log_dir) -> float:
+    """The validation loss of model_best.pt, which the next best has to beat; infinite if there is none."""
+    path = Path(log_dir) / BEST
+    return load_checkpoint(path)["val_loss"] if path.exists() else math.inf
+
+
 def check_finite(state: dict) -> None:
     moments = [t for values in state["optimizer"]["state"].values() for t in values.values() if torch.is_tensor(t)]
     norms = torch._foreach_norm([*state["model"].values(), *moments])
     if not all(torch.isfinite(norm) for norm in norms):
-        raise ValueError(f"the state after step {state['step']} has numbers that are not finite: it is not saved")
+        what = f"the state after step {state['step']} has numbers that are not finite"
+        raise UserError(f"{what}: it is not saved, and the run ends", code=1, alone=True)
 
 
 def verify(path) -> None:
@@ -122,12 +131,14 @@ def load_checkpoint(path) -> dict:
     try:
         again_if_stale(verify, path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or not {"model", "config"} <= content.keys():
-            raise ValueError("it is no checkpoint: model or config is missing")
+        if not isinstance(content, dict) or "model" not in content or not isinstance(content.get("config"), GPTConfig):
+            raise ValueError("it has no model with a GPTConfig")
         return content
     except FileNotFoundError:
         names = ", ".join(HUB_NAMES)
         raise UserError(f"there is no checkpoint or folder {path}; by name from the Hub there are {names}") from None
+    except PermissionError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
     except Exception as error:  # damaged files raise eight kinds
         raise UserError(f"{path} is damaged or not a checkpoint: {first_line(error)}") from None
 
@@ -158,7 +169,9 @@ def open_model(name: str) -> tuple[GPT, str, dict, Path | None]:
     """
     path, checkpoint = Path(name), {}
     if path.is_dir() and checkpoint_paths(path):
-        checkpoint, path, _ = newest_checkpoint(path)
+        checkpoint, path, damaged = newest_checkpoint(path)
+        for reason in damaged:
+            logging.getLogger("GPT124M").warning("WARNING: %s: passed over", reason)
     elif path.is_file() or (not path.is_dir() and name not in HUB_NAMES):
         checkpoint = load_checkpoint(path)
     if checkpoint:
@@ -169,10 +182,13 @@ def open_model(name: str) -> tuple[GPT, str, dict, Path | None]:
             raise UserError(f"{path}: {error}") from None
         return model.eval(), checkpoint.get("tokenizer", "gpt2"), checkpoint, path
     try:
-        return GPT.from_pretrained(name).eval(), tokenizer_of(name), {}, None
+        model, tokenizer = GPT.from_pretrained(name).eval(), tokenizer_of(name)
     except Exception as error:  # what the Hub's HTTP library raises can't be named without naming the library
         where = "as a model folder" if path.is_dir() else "from the Hub"
         raise UserError(f"{name} can't be read {where}: {first_line(error)}") from None
+    if model.config.vocab_size < get_tokenizer(tokenizer).n_vocab:
+        raise UserError(f"{name} has a vocabulary of {model.config.vocab_size}: its tokenizer is not GPT-2's")
+    return model, tokenizer, {}, None
 
 
 def load_model(name: str, device="cpu") -> tuple[GPT, str]:

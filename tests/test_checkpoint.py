@@ -100,7 +100,7 @@ def test_a_state_that_is_not_finite_is_never_saved(part, tmp_path):
     state = content(3)
     tensor = state["model"]["transformer.ln_f.bias"] if part == "model" else state["optimizer"]["state"][0]["exp_avg"]
     tensor.view(-1)[0] = float("nan")
-    with pytest.raises(ValueError, match="the state after step 3 has numbers that are not finite"):
+    with pytest.raises(UserError, match="the state after step 3 has numbers that are not finite"):
         save_checkpoint(tmp_path, state)
     assert not list(tmp_path.iterdir())
 
@@ -234,6 +234,29 @@ torch.save({"model": model, "config": GPTConfig(), "step": 5, "val_loss": 3.3}, 
     loaded, tokenizer = load_model(str(tmp_path / "model_00005.pt"))
     assert tokenizer == "gpt2" and loaded.config == SHAPE and not loaded.training
     assert same(loaded.state_dict(), model.state_dict())
+
+
+def test_a_checkpoint_of_another_program_is_none_of_ours(tmp_path):
+    """nanoGPT's: the model's shape is a dict."""
+    torch.save({"model": {}, "config": {"n_layer": 12}}, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="ckpt.pt is damaged or not a checkpoint: ValueError: it has no model with"):
+        load_model(str(tmp_path / "ckpt.pt"))
+
+
+def test_a_damaged_newest_checkpoint_is_not_passed_over_in_silence(tmp_path, caplog):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, content(step))
+    (tmp_path / "model_00002.pt").write_bytes(b"damaged")
+    load_model(str(tmp_path))
+    assert "model_00002.pt is damaged or not a checkpoint" in caplog.text and "passed over" in caplog.text
+
+
+def test_a_folder_with_another_tokenizer_is_refused(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=4, vocab_size=1000)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has a vocabulary of 1000: its tokenizer is not GPT-2's"):
+        load_model(str(tmp_path))
 
 
 def test_load_model_says_what_is_wrong(tmp_path):

@@ -330,7 +330,7 @@ def test_a_kill_does_not_lose_the_best_weights(data_dir, tmp_path):
     assert killed.returncode == -signal.SIGKILL and load_checkpoint(tmp_path / "model_best.pt")["step"] == 4
     assert script("train.py", *words).returncode == 0
     best = load_checkpoint(tmp_path / "model_best.pt")
-    assert best["step"] == 5 and best["best_loss"] == best["val_loss"]
+    assert best["step"] == best["val_step"] == 5
 
 
 def test_the_best_that_could_not_be_saved_is_not_taken_for_kept(data_dir, tmp_path):
@@ -342,6 +342,16 @@ def test_the_best_that_could_not_be_saved_is_not_taken_for_kept(data_dir, tmp_pa
     assert sorted(losses, key=losses.get)[:2] == [5, 6]
     assert "WARNING: saving step 5 in " in done.stdout and load_checkpoint(tmp_path / "model_best.pt")["step"] == 6
     assert [step for step, _ in metrics.read_log(tmp_path)["save_s"]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_worse_model_never_replaces_the_best(data_dir, tmp_path):
+    """The run goes on from a checkpoint that is older than model_best.pt, and validates at other steps from there."""
+    words = [*flags(data_dir=data_dir, log_dir=tmp_path, **BEST_AT_5 | {"save_every": 3}), "--keep_best"]
+    assert train.main(words) == 0 and load_checkpoint(tmp_path / "model_best.pt")["step"] == 5
+    (tmp_path / "model_00006.pt").unlink()
+    assert train.main([*words, "--val_every=6"]) == 0
+    losses = dict(metrics.read_log(tmp_path)["val"])
+    assert load_checkpoint(tmp_path / "model_best.pt")["step"] == 5 and losses[6] < losses[3]  # 6 is the best since 3
 
 
 def test_without_keep_best_there_is_none(trained):
@@ -808,10 +818,34 @@ def test_ranks_that_drift_apart_stop_the_run(data_dir, tmp_path):
     assert load_checkpoint(tmp_path / "model_checkpoint.pt")["step"] == 3
 
 
+@pytest.mark.parametrize("link", ["model_00006.pt", None])
+def test_the_newest_is_linked_again_where_a_kill_left_it_behind(link, data_dir, trained, tmp_path):
+    shutil.copytree(trained, tmp_path, symlinks=True, dirs_exist_ok=True)
+    (tmp_path / "model_checkpoint.pt").unlink()
+    if link:
+        (tmp_path / "model_checkpoint.pt").symlink_to(link)
+    assert train.main(flags(data_dir=data_dir, log_dir=tmp_path)) == 0
+    assert os.readlink(tmp_path / "model_checkpoint.pt") == "model_00008.pt"
+
+
+def test_what_is_not_measured_again_stays_in_the_log(data_dir, trained, tmp_path):
+    shutil.copytree(trained, tmp_path, symlinks=True, dirs_exist_ok=True)
+    before = metrics.read_log(tmp_path)["val"]
+    assert before[-1][0] == 8
+    assert train.main(flags(data_dir=data_dir, log_dir=tmp_path, max_steps=12, val_every=5, val_tokens=256)) == 0
+    assert metrics.read_log(tmp_path)["val"][:3] == before
+
+
 def test_a_machine_that_does_not_see_the_newest_checkpoint_is_told(data_dir, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "log", symlinks=True)
     done = driver("sees_no_checkpoint", 0, *flags(data_dir=data_dir, log_dir=tmp_path / "log", max_steps=9))
     assert done.returncode == 1 and "the ranks would go on after different steps, [8, 0]: nothing" in done.stderr
+
+
+def test_weights_that_overflow_end_the_run_with_a_message(data_dir, tmp_path):
+    done = script("train.py", *flags(data_dir=data_dir, log_dir=tmp_path, max_lr=1e18, warmup_steps=0, save_every=1))
+    assert done.returncode == 1 and "has numbers that are not finite: it is not saved" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_full_disk_costs_one_save_and_not_the_run(data_dir, trained, tmp_path):
