@@ -6,7 +6,6 @@ python export.py --model demo/log/model_checkpoint.pt --out demo/GPT --overwrite
 """
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -217,11 +216,10 @@ def write_folder(config: ExportConfig, folder: Path) -> float:
 
 
 def is_export(out: Path) -> bool:
-    """Is a folder empty, or a model and nothing below it, so that it can be replaced?"""
-    if not out.is_dir():
-        return False
-    files = {path.name for path in out.iterdir() if not path.is_dir()}
-    return not any(out.iterdir()) or ({"config.json", "model.safetensors"} <= files == set(os.listdir(out)))
+    """May `out` be replaced? A folder that is empty, or has a model and no folders in it."""
+    paths = {path.name: path for path in out.iterdir()} if out.is_dir() else {"": out}
+    model = {"config.json", "model.safetensors"} <= paths.keys()
+    return not paths or (model and not any(path.is_dir() for path in paths.values()))
 
 
 def export(config: ExportConfig) -> None:

@@ -42,7 +42,7 @@ PEAK_TFLOPS = {
 }  # fmt: skip
 
 
-VALUE = r"\d+ \w+ (-?\d+(\.\d+)?(e[-+]\d+)?|-?inf|nan)\n"  # a line of log.txt: step, stream, value
+LINE = r"\d+ \w+ (-?\d+(\.\d+)?(e[-+]\d+)?|-?inf|nan)\n"  # of log.txt: step, stream, value
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Log:
 def whole_lines(path: Path) -> list[str]:
     """The whole lines of a log: not those that a power cut or an editor has torn or filled with something else."""
     text = path.read_text(errors="replace") if path.exists() else ""
-    return [line for line in text.splitlines(keepends=True) if re.fullmatch(VALUE, line)]
+    return [line for line in text.splitlines(keepends=True) if re.fullmatch(LINE, line)]
 
 
 def read_log(log_dir) -> dict[str, list[tuple[int, float]]]:

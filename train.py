@@ -330,7 +330,6 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
     raw_model, state = state_to_go_on_from(config, ranks, data)
     first_step, precision, val_loss = state["step"], state["precision"], state["val_loss"]
     val_step = state.get("val_step", first_step)  # older checkpoints lack it
-    lowest = best_loss(config.log_dir) if config.keep_best else 0.0  # validation loss: what is below it is kept
     questions = hellaswag.share_out(data.examples, data.encoding, raw_model.config.block_size, ranks)
 
     # ---- model and optimizer
@@ -338,6 +337,7 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
     raw_model.to(ranks.device).train()
     raw_model.recompute = config.recompute
     ranks.check_same(raw_model, first_step)
+    lowest = ranks.max(best_loss(config.log_dir) if config.keep_best else 0).item()  # a lower validation loss is kept
     optimizer = raw_model.configure_optimizers(config.weight_decay, config.max_lr, config.optimizer == "muon")
     # float16 holds 6e-8 to 65504: scaling the loss keeps small gradients from 0; an overflow halves the scale
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision == "float16")
