@@ -212,10 +212,19 @@ def test_local_files_by_glob(kind, tmp_path):
     assert_shards(tmp_path / "data", plain_shards(documents, "bytes", 2000))
 
 
-def test_pydoc_is_the_same_each_time(tmp_path):
-    documents = data_generator.pydoc_documents()
-    assert documents == data_generator.pydoc_documents() and len(documents) == len(set(documents)) > 3000
-    assert any("zip" in text for text in documents)
+@pytest.fixture(scope="module")
+def documentation() -> list[str]:
+    return data_generator.pydoc_documents()
+
+
+def test_pydoc_has_each_text_once(documentation):
+    assert len(documentation) == len(set(documentation)) > 3000
+    assert any("zip" in text for text in documentation)
+
+
+@pytest.fixture(scope="module")
+def demo_shards(documentation) -> list[np.ndarray]:
+    return plain_shards(documentation, "bytes", 98_304)
 
 
 # ---- the Hub ----
@@ -582,7 +591,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
-def test_the_demo_is_made_without_torch(start_method, tmp_path):
+def test_the_demo_is_made_without_torch_and_is_the_same_each_time(start_method, demo_shards, tmp_path):
     (tmp_path / "driver.py").write_text(
         f"import multiprocessing; multiprocessing.set_start_method({start_method!r}, force=True)" + WITHOUT_TORCH
     )
@@ -590,6 +599,7 @@ def test_the_demo_is_made_without_torch(start_method, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert_shards(tmp_path / "data", demo_shards)
 
 
 @pytest.mark.parametrize("start_method", ["fork", *(pytest.param(m, marks=pytest.mark.slow) for m in OTHER_METHODS)])
