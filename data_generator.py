@@ -361,7 +361,7 @@ def generate(config: DataConfig, manifest: dict) -> None:
             bar.set_postfix_str(f"shard {len(manifest['shards'])}", refresh=False)
             bar.update(writer.tokens - bar.n)
             if writer.tokens == config.max_tokens:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(cancel_futures=True)
                 break
             position = position_after
 

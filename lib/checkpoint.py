@@ -168,7 +168,7 @@ def open_model(name: str) -> tuple[GPT, str, dict, Path | None]:
     Raises UserError if there is no such model, or if it is damaged.
     """
     path, checkpoint = Path(name), {}
-    if path.is_dir() and checkpoint_paths(path):
+    if again_if_stale(path.is_dir) and checkpoint_paths(path):
         checkpoint, path, damaged = newest_checkpoint(path)
         for reason in damaged:
             logging.getLogger("GPT124M").warning("WARNING: %s: passed over", reason)
