@@ -307,7 +307,7 @@ def start_manifest(config: DataConfig) -> dict:
         for shard in old["shards"]:
             open_shard(Path(config.data_dir) / shard["file"], shard["tokens"])
     except UserError as error:
-        raise UserError(f"{error}\nHINT: delete {config.data_dir} and run the same command again") from None
+        raise UserError(f"{error}\nHINT: restore it, or delete {config.data_dir} and run this again") from None
     return old
 
 
@@ -388,7 +388,7 @@ def verify(config: DataConfig) -> None:
 
 def write_data_set(config: DataConfig) -> dict:
     """Begin data_dir or go on with it, to its end; returns its manifest."""
-    with only_writer(config.data_dir, "edufineweb_*.npy", "manifest.json", "tokens-*"):
+    with only_writer(config.data_dir, "*.npy", "manifest.json", "tokens-*"):
         manifest = start_manifest(config)
         written = len(manifest["shards"])
         if manifest["complete"]:

@@ -217,9 +217,11 @@ def write_folder(config: ExportConfig, folder: Path) -> float:
 
 def is_export(out: Path) -> bool:
     """May `out` be replaced? A folder that is empty, or has a model and no folders in it."""
-    paths = {path.name: path for path in out.iterdir()} if out.is_dir() else {"": out}
-    model = {"config.json", "model.safetensors"} <= paths.keys()
-    return not paths or (model and not any(path.is_dir() for path in paths.values()))
+    if not out.is_dir():
+        return False
+    paths = list(out.iterdir())
+    model = {"config.json", "model.safetensors"} <= {path.name for path in paths}
+    return not paths or (model and not any(path.is_dir() for path in paths))
 
 
 def export(config: ExportConfig) -> None:

@@ -58,11 +58,11 @@ class MetricsConfig:
 class Log:
     """LOG_DIR/log.txt, continued from a step: what was measured at this step or later is measured again.
 
-    log_dir None writes nothing: for the ranks that don't keep the log. kept: streams whose value at the step itself
-    stays, because they are not measured again at it.
+    log_dir None writes nothing: for the ranks that don't keep the log. not_again: streams that are not measured again
+    at the step itself, and keep their value there.
     """
 
-    def __init__(self, log_dir, first_step: int, kept=()):
+    def __init__(self, log_dir, first_step: int, not_again=()):
         self.file = None
         if log_dir is None:
             return
@@ -70,7 +70,7 @@ class Log:
         with whole_file(path) as file:
             for line in whole_lines(path):
                 step, stream, _ = line.split()
-                if int(step) < first_step or (int(step) == first_step and stream in kept):
+                if int(step) < first_step or (int(step) == first_step and stream in not_again):
                     file.write(line.encode())
         self.file = open(path, "a", buffering=2**24)  # bytes of lines that can wait for a disk with room
 

@@ -224,7 +224,7 @@ def announce(config: TrainConfig, ranks: Ranks, data: Data, facts: dict, source)
     if data.train.manifest and not data.train.manifest["complete"]:
         ranks.say(f"WARNING: {config.data_dir} is not complete: a run can't go on after its data has grown")
     if config.warmup_steps > config.max_steps:
-        ranks.say(f"WARNING: no step has --max_lr: --warmup_steps {config.warmup_steps} are more than all steps")
+        ranks.say(f"WARNING: --warmup_steps {config.warmup_steps} > --max_steps {config.max_steps}: none has --max_lr")
     if data.val and (tokens := data.val_steps * data.val.step_tokens) != config.val_tokens:
         ranks.say(
             f"validation uses {tokens:,} tokens: the whole steps in --val_tokens {config.val_tokens:,} and in the "
@@ -337,7 +337,7 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
     raw_model.to(ranks.device).train()
     raw_model.recompute = config.recompute
     ranks.check_same(raw_model, first_step)
-    lowest = ranks.max(best_loss(config.log_dir) if config.keep_best else 0).item()  # a lower validation loss is kept
+    lowest = ranks.max(best_loss(config.log_dir) if first_step else math.inf).item()  # validation loss of model_best.pt
     optimizer = raw_model.configure_optimizers(config.weight_decay, config.max_lr, config.optimizer == "muon")
     # float16 holds 6e-8 to 65504: scaling the loss keeps small gradients from 0; an overflow halves the scale
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision == "float16")
@@ -356,8 +356,8 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
     announce(config, ranks, data, facts, state["source"])
     del state  # gigabytes
     evaluations = {"val": config.val_every, "hella": config.hellaswag_every}
-    kept = [name for name, every in evaluations.items() if not due(first_step, every, config.max_steps)]
-    log = metrics.Log(config.log_dir if ranks.main else None, first_step, kept)
+    not_again = [name for name, every in evaluations.items() if not due(first_step, every, config.max_steps)]
+    log = metrics.Log(config.log_dir if ranks.main else None, first_step, not_again)
     speed = metrics.Speed(raw_model.config, config, ranks, precision)
     if ranks.main:
         metrics.write_run(config.log_dir, facts)
@@ -368,10 +368,9 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
     # ---- the loop. step counts the updates made; after the last one there is one more turn, to evaluate and save
     stop, skips, saved, printed = False, 0, True, 0.0
     for step in range(first_step, config.max_steps + 1):
-        if not stop:
-            measured = evaluate(step, config, ranks, data, questions, model, raw_model, autocast, log)
-            stop = measured is None
-        best = not stop and measured.get("val", math.inf) < lowest
+        measured = None if stop else evaluate(step, config, ranks, data, questions, model, raw_model, autocast, log)
+        stop = measured is None
+        best = not stop and config.keep_best and measured.get("val", math.inf) < lowest
         if not stop and "val" in measured:
             val_loss, val_step = measured["val"], step
         last = step == config.max_steps or stop
@@ -380,8 +379,9 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
             ranks.check_same(raw_model, step)
             state = constant | {"step": step, "val_loss": val_loss, "val_step": val_step, "scaler": scaler.state_dict()}
             state |= {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict()}
-            if best and not ranks.max(not save(config, ranks, log, state, best)):
-                lowest = val_loss
+            if best:
+                failed = ranks.max(not save(config, ranks, log, state, best))
+                lowest = lowest if failed else val_loss
             saved = save(config, ranks, log, state) if saving else saved
         if last:
             break
@@ -424,8 +424,8 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
         raise UserError(f"the last checkpoint could not be saved in {config.log_dir}: make room and rerun", code=1)
     if stop:
         number = signal.Signals(int(ranks.stopping()))
-        kept = ", saved" if step else ""
-        ranks.say(f"stopped by {number.name} after {count(step, 'step')}{kept}; the same command goes on from here")
+        after = count(step, "step") + (", saved" if step else "")
+        ranks.say(f"stopped by {number.name} after {after}; the same command goes on from here")
         return 128 + number
     if first_step == config.max_steps:
         ranks.say(f"finished at step {step}: raise --max_steps or choose another --log_dir")

@@ -170,7 +170,7 @@ def test_what_has_changed_since_is_not_mixed(change, tmp_path, capsys):
         (tmp_path / ("a.txt" if change == "one more" else "b.txt")).write_text("other text")
     before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
     assert data_generator.main(words) == 2
-    says = {"shard lost": "000002.npy is missing\nHINT: delete", "manifest lost": "is there already, without a"}
+    says = {"shard lost": "000002.npy is missing\nHINT: restore", "manifest lost": "is there already, without a"}
     assert says.get(change, "revision was 2 files, ") in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
 

@@ -354,6 +354,13 @@ def test_a_worse_model_never_replaces_the_best(data_dir, tmp_path):
     assert load_checkpoint(tmp_path / "model_best.pt")["step"] == 5 and losses[6] < losses[3]  # 6 is the best since 3
 
 
+def test_a_new_run_does_not_compare_with_the_best_of_another(data_dir, trained, tmp_path):
+    best = load_checkpoint(trained / "model_00008.pt") | {"val_loss": 0.1}
+    torch.save({name: value for name, value in best.items() if name != "optimizer"}, tmp_path / "model_best.pt")
+    assert train.main([*flags(data_dir=data_dir, log_dir=tmp_path), "--keep_best"]) == 0
+    assert load_checkpoint(tmp_path / "model_best.pt")["val_loss"] > 1
+
+
 def test_without_keep_best_there_is_none(trained):
     assert not (trained / "model_best.pt").exists()
 
@@ -441,7 +448,7 @@ def test_what_is_worth_knowing_is_said_before_the_first_step(tmp_path, capsys):
     assert train.main(words) == 0
     printed = capsys.readouterr().out
     assert "data is not complete: a run can't go on after its data has grown" in printed
-    assert "WARNING: no step has --max_lr: --warmup_steps 2 are more than all steps" in printed
+    assert "WARNING: --warmup_steps 2 > --max_steps 1: none has --max_lr" in printed
     assert "validation uses 512 tokens: the whole steps in --val_tokens 5,000 and in the 600 of" in printed
     assert printed.index("validation uses") < printed.index("step     0 |")
 
