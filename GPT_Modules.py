@@ -7,9 +7,10 @@
     tokens = model.generate(idx, max_new_tokens=64)        # sampling
     model = GPT.from_pretrained("gpt2")                    # OpenAI's weights, or a folder of ours
 
-Shapes: B batch, T tokens, C channels (n_embd), H heads, D = C/H channels of a head, V vocabulary (rows of wte).
-The names of the weights are those of OpenAI's GPT-2. In a block, attention moves information between tokens, the MLP
-computes on each token alone, and both add their result to a residual stream of C channels.
+Shapes: B batch, T tokens, C channels (n_embd), H heads, D = C/H channels of a head, V vocabulary
+(rows of wte). The names of the weights are those of OpenAI's GPT-2. In a block, attention moves
+information between tokens, the MLP computes on each token alone, and both add their result to a
+residual stream of C channels.
 """
 
 import contextlib
@@ -27,10 +28,13 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Shape of a GPT; the defaults are GPT-2 124M (Radford et al. 2019). Raises ValueError if it can't be built."""
+    """Shape of a GPT; the defaults are GPT-2 124M (Radford et al. 2019). Raises ValueError if it
+    can't be built."""
 
     block_size: int = 1024  # tokens of context at most
-    vocab_size: int = 50257  # rows of the embedding table: 50,000 BPE merges + 256 bytes + <|endoftext|>
+    vocab_size: int = (
+        50257  # rows of the embedding table: 50,000 BPE merges + 256 bytes + <|endoftext|>
+    )
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads per block
     n_embd: int = 768  # channels
@@ -42,7 +46,9 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             fits = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
             nearest = min(fits, key=lambda n: abs(n - self.n_head))
-            raise ValueError(f"n_head {self.n_head} does not divide n_embd {self.n_embd}: n_head {nearest} would")
+            raise ValueError(
+                f"n_head {self.n_head} does not divide n_embd {self.n_embd}: n_head {nearest} would"
+            )
 
 
 class CausalSelfAttention(nn.Module):
@@ -55,13 +61,18 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, mask=None, cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # each (B, H, T, D)
+        q, k, v = (
+            t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v)
+        )  # each (B, H, T, D)
         if cache is not None:
             k, v = cache.append(k, v)  # each (B, H, tokens so far, D)
-        # softmax(q @ k.T / sqrt(D)) @ v without ever storing the T x T matrix (flash attention). Each token sees itself
-        # and those before it; a single new token with a cache sees everything, which needs no mask.
+        # softmax(q @ k.T / sqrt(D)) @ v without ever storing the T x T matrix (flash attention).
+        # Each token sees itself and those before it; a single new token with a cache sees
+        # everything, which needs no mask.
         causal = mask is None and T == k.size(2)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal
+        )  # (B, H, T, D)
         y = y.transpose(1, 2).contiguous().view(B, T, C)
         return self.c_proj(y)
 
@@ -104,55 +115,72 @@ class GPT(nn.Module):
             )
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # tied: the same table reads tokens and writes them
+        self.lm_head.weight = (
+            self.transformer.wte.weight
+        )  # tied: the same table reads tokens and writes them
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                # 2 * n_layer projections add into the residual stream; 1/sqrt(2 * n_layer) keeps their sum from growing
+                # 2 * n_layer projections add into the residual stream; 1/sqrt(2 * n_layer) keeps
+                # their sum from growing
                 residual = name.endswith("c_proj.weight")
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+                nn.init.normal_(
+                    parameter, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02
+                )
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
     def hidden(self, idx, pos=None, mask=None, cache=None):
         """The last layer's output for tokens idx (B, T): (B, T, C), C channels for each token.
 
-        pos (T,) or (B, T): positions, if they are not 0..T-1. mask (B, 1, T, T) bool: which tokens (last dimension)
-        each token sees, if not itself and all before it. cache: a KVCache for each layer; idx is the whole prompt
-        while they are empty, then one token at a time. Raises ValueError if a token would stand beyond block_size.
+        pos (T,) or (B, T): positions, if they are not 0..T-1. mask (B, 1, T, T) bool: which tokens
+        (last dimension) each token sees, if not itself and all before it. cache: a KVCache for each
+        layer; idx is the whole prompt while they are empty, then one token at a time. Raises
+        ValueError if a token would stand beyond block_size.
         """
         if pos is None:
             start = cache[0].length if cache else 0
             end = start + idx.size(1)
             if end > self.config.block_size:
-                raise ValueError(f"{end} tokens do not fit into block_size {self.config.block_size}")
+                raise ValueError(
+                    f"{end} tokens do not fit into block_size {self.config.block_size}"
+                )
             pos = torch.arange(start, end, device=idx.device)  # (T,)
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
-        with sdpa_kernel(CHANGING_SHAPES) if mask is not None or cache else contextlib.nullcontext():
+        with (
+            sdpa_kernel(CHANGING_SHAPES) if mask is not None or cache else contextlib.nullcontext()
+        ):
             for layer, block in enumerate(self.transformer.h):
-                if self.recompute and torch.is_grad_enabled():  # torch calls this activation checkpointing
+                if (
+                    self.recompute and torch.is_grad_enabled()
+                ):  # torch calls this activation checkpointing
                     x = checkpoint(block, x, mask, use_reentrant=False, preserve_rng_state=False)
                 else:
                     x = block(x, mask, cache[layer] if cache else None)
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """idx (B, T) -> (logits (B, T, V), None); with targets (B, T) -> (None, mean loss in nats per token).
+        """idx (B, T) -> (logits (B, T, V), None); with targets (B, T) -> (None, mean loss in nats
+        per token).
 
-        Never both: in training the loss is computed slice by slice, and the logits are never all in memory.
+        Never both: in training the loss is computed slice by slice, and the logits are never all in
+        memory.
         """
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x), None
-        # loss = F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten()), but with far less memory:
+        # loss = F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten()), but with far
+        # less memory:
         return None, linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, n_vocab=None):
+    def stream(
+        self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, n_vocab=None
+    ):
         """Continue idx (B, T): yields max_new_tokens times the next tokens (B, 1).
 
-        temperature 0 takes the likeliest token. top_k: only from the k likeliest. generator: torch.Generator on idx's
-        device. n_vocab: only ids below it, so that rows that pad the table are never drawn. Beyond block_size it goes
-        on from the last block_size tokens.
+        temperature 0 takes the likeliest token. top_k: only from the k likeliest. generator:
+        torch.Generator on idx's device. n_vocab: only ids below it, so that rows that pad the table
+        are never drawn. Beyond block_size it goes on from the last block_size tokens.
         """
         cache = [KVCache(self.config.block_size) for _ in self.transformer.h]
         for _ in range(max_new_tokens):
@@ -172,18 +200,29 @@ class GPT(nn.Module):
             idx = torch.cat((idx, token), dim=1)
             yield token
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, n_vocab=None):
-        """idx (B, T) with its continuation, (B, T + max_new_tokens); the arguments are those of `stream`."""
+    def generate(
+        self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, n_vocab=None
+    ):
+        """idx (B, T) with its continuation, (B, T + max_new_tokens); the arguments are those of
+        `stream`."""
         tokens = self.stream(idx, max_new_tokens, temperature, top_k, generator, n_vocab)
         return torch.cat((idx, *tokens), dim=1)
 
-    def configure_optimizers(self, weight_decay: float, learning_rate: float, muon: bool = False) -> torch.optim.AdamW:
-        """AdamW as GPT-3's (Brown et al. 2020, appendix B): matrices decay, biases and LayerNorms don't.
+    def configure_optimizers(
+        self, weight_decay: float, learning_rate: float, muon: bool = False
+    ) -> torch.optim.AdamW:
+        """AdamW as GPT-3's (Brown et al. 2020, appendix B): matrices decay, biases and LayerNorms
+        don't.
 
-        muon: Muon updates the matrices of the blocks, AdamW the rest, the token table at twice the learning rate.
+        muon: Muon updates the matrices of the blocks, AdamW the rest, the token table at twice the
+        learning rate.
         """
         parameters = dict(self.named_parameters())
-        blocks = [p for name, p in parameters.items() if p.dim() == 2 and name.startswith("transformer.h.")]
+        blocks = [
+            p
+            for name, p in parameters.items()
+            if p.dim() == 2 and name.startswith("transformer.h.")
+        ]
         tables = [self.transformer.wte.weight, self.transformer.wpe.weight]
         others = [p for p in parameters.values() if p.dim() < 2]
         if muon:
@@ -206,58 +245,81 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_folder: str) -> "GPT":
         """A GPT-2 from a Hugging Face folder, or by its name (gpt2, gpt2-medium, ...) from the Hub.
 
-        Raises ValueError if it is not a GPT-2 as this file builds it, OSError and huggingface_hub's errors if it can't
-        be read or fetched.
+        Raises ValueError if it is not a GPT-2 as this file builds it, OSError and huggingface_hub's
+        errors if it can't be read or fetched.
         """
         from safetensors.torch import load_file
 
         if Path(name_or_folder).is_dir():
-            config_file, weights_file = (Path(name_or_folder) / name for name in ("config.json", "model.safetensors"))
+            config_file, weights_file = (
+                Path(name_or_folder) / name for name in ("config.json", "model.safetensors")
+            )
         else:
             from huggingface_hub import hf_hub_download
 
             config_file = hf_hub_download(name_or_folder, "config.json")
             weights_file = hf_hub_download(name_or_folder, "model.safetensors")
         config = json.loads(Path(config_file).read_text())
-        usual = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
-        ours = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, **usual}
+        usual = {
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "tie_word_embeddings": True,
+        }
+        ours = {
+            "model_type": "gpt2",
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5,
+            **usual,
+        }
         for key, value in ours.items():
             if config.get(key, usual.get(key)) != value:  # a file may leave out what is usual
-                raise ValueError(f"{name_or_folder}: {key} is {config.get(key)!r} where a GPT-2 has {value!r}")
+                raise ValueError(
+                    f"{name_or_folder}: {key} is {config.get(key)!r} where a GPT-2 has {value!r}"
+                )
         shape = {key: config[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
         model = cls(GPTConfig(block_size=config["n_positions"], **shape))
         model.load_weights(load_file(weights_file), transposed=True)
         return model
 
     def load_weights(self, weights: dict[str, torch.Tensor], transposed: bool = False) -> None:
-        """Copy in weights under any of their usual names: with or without transformer., module., _orig_mod., masks
-        and the tied lm_head. transposed: the matrices of TRANSPOSED are stored as OpenAI did. Raises ValueError if one
-        is missing, left over, or of another shape."""
+        """Copy in weights under any of their usual names: with or without transformer., module.,
+        _orig_mod., masks and the tied lm_head. transposed: the matrices of TRANSPOSED are stored as
+        OpenAI did. Raises ValueError if one is missing, left over, or of another shape."""
         own, seen = dict(self.named_parameters()), set()
         for name, tensor in weights.items():
-            name = name.replace("_orig_mod.", "").replace("module.", "").removeprefix("transformer.")
+            name = (
+                name.replace("_orig_mod.", "").replace("module.", "").removeprefix("transformer.")
+            )
             if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
                 continue
             parameter = own.get(f"transformer.{name}")
             tensor = tensor.T if transposed and name.endswith(TRANSPOSED) else tensor
             if parameter is None or parameter.shape != tensor.shape:
-                raise ValueError(f"weight {name} of shape {tuple(tensor.shape)} does not fit into {self.config}")
+                raise ValueError(
+                    f"weight {name} of shape {tuple(tensor.shape)} does not fit into {self.config}"
+                )
             parameter.data.copy_(tensor)
             seen.add(f"transformer.{name}")
         if missing := own.keys() - seen:
-            raise ValueError(f"weights are missing: {', '.join(sorted(missing)[:3])} ({len(missing)} in all)")
+            raise ValueError(
+                f"weights are missing: {', '.join(sorted(missing)[:3])} ({len(missing)} in all)"
+            )
 
 
 class KVCache:
-    """Keys and values of one layer for the tokens so far: a new token then costs one row of attention, not T rows."""
+    """Keys and values of one layer for the tokens so far: a new token then costs one row of
+    attention, not T rows."""
 
     def __init__(self, block_size: int):
         self.block_size = block_size
         self.length = 0
 
     def append(self, k, v):
-        """Add keys and values of T new tokens, each (B, H, T, D); return those of all, each (B, H, length, D)."""
-        assert self.length == 0 or k.size(2) == 1, "after the prompt, one token at a time: there is no mask"
+        """Add keys and values of T new tokens, each (B, H, T, D); return those of all, each (B, H,
+        length, D)."""
+        assert self.length == 0 or k.size(2) == 1, (
+            "after the prompt, one token at a time: there is no mask"
+        )
         if self.length == 0:
             B, H, _, D = k.shape
             self.k, self.v = k.new_empty(2, B, H, self.block_size, D)
@@ -268,21 +330,29 @@ class KVCache:
 
 
 def linear_cross_entropy(x, weight, targets):
-    """F.cross_entropy(x @ weight.T, targets), the mean over n tokens in nats, without holding all the logits.
+    """F.cross_entropy(x @ weight.T, targets), the mean over n tokens in nats, without holding all
+    the logits.
 
-    x (n, C), weight (V, C), targets (n,) int64 -> (), float32; under autocast the products are in its dtype.
+    x (n, C), weight (V, C), targets (n,) int64 -> (), float32; under autocast the products are in
+    its dtype.
 
-    Why not F.cross_entropy itself: at B=64, T=1024 the logits are 3.3 billion numbers, and it keeps them for the
-    backward pass. But the loss is the last operation, so its gradient is known as soon as the logits are:
-    d loss / d logits = (softmax(logits) - one_hot(targets)) / n. So the forward pass handles a slice of tokens at a
-    time: logits, loss, and at once their part of the gradients; the backward pass only scales the gradients.
+    Why not F.cross_entropy itself: at B=64, T=1024 the logits are 3.3 billion numbers, and it keeps
+    them for the backward pass. But the loss is the last operation, so its gradient is known as soon
+    as the logits are: d loss / d logits = (softmax(logits) - one_hot(targets)) / n. So the forward
+    pass handles a slice of tokens at a time: logits, loss, and at once their part of the gradients;
+    the backward pass only scales the gradients.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())  # inside, it is always off
+    return LinearCrossEntropy.apply(
+        x, weight, targets, torch.is_grad_enabled()
+    )  # inside, it is always off
 
 
-SLICE = {"cuda": 2**28, "cpu": 25_000_000}  # logits of a slice: few enough for memory, enough for a fast product
+SLICE = {
+    "cuda": 2**28,
+    "cpu": 25_000_000,
+}  # logits of a slice: few enough for memory, enough for a fast product
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -291,8 +361,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         n, V, w = x.size(0), weight.size(0), weight.to(x.dtype)
         slices = max(1, n * V // SLICE.get(x.device.type, SLICE["cpu"]))
         rows, vocabulary = math.ceil(n / slices), torch.arange(V, device=x.device)
-        # When compiled, gather and scatter stop Inductor from fusing the operations around them, and the slice's logits
-        # go to memory and back. So there the target's logit is a dot product, and one_hot a comparison.
+        # When compiled, gather and scatter stop Inductor from fusing the operations around them,
+        # and the slice's logits go to memory and back. So there the target's logit is a dot
+        # product, and one_hot a comparison.
         fused = torch.compiler.is_compiling()
         loss = x.new_zeros((), dtype=torch.float32)
         grad_x = torch.empty_like(x) if learning else None
@@ -301,7 +372,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             x_i, targets_i = x[i : i + rows], targets[i : i + rows, None]  # (rows, C), (rows, 1)
             logits = (x_i @ w.T).float()  # (rows, V); from here in place, because it is large
             if fused:
-                target_logits = (x_i.float() * w[targets_i[:, 0]].float()).sum(dim=1, keepdim=True)  # (rows, 1)
+                target_logits = (x_i.float() * w[targets_i[:, 0]].float()).sum(
+                    dim=1, keepdim=True
+                )  # (rows, 1)
             else:
                 target_logits = logits.gather(1, targets_i)
             highest = logits.amax(dim=1, keepdim=True)
@@ -313,7 +386,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 if fused:
                     grad_logits = probs / total - (vocabulary == targets_i).float()
                 else:
-                    grad_logits = probs.div_(total).scatter_add_(1, targets_i, -torch.ones_like(total))
+                    grad_logits = probs.div_(total).scatter_add_(
+                        1, targets_i, -torch.ones_like(total)
+                    )
                 grad_logits = grad_logits.to(x.dtype)
                 del logits, probs  # free the float32 numbers before the products need memory
                 grad_x[i : i + rows] = grad_logits @ w
@@ -325,15 +400,19 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_x, grad_weight = ctx.saved_tensors
-        scale = grad_loss / ctx.n  # here and not above: in float16, a probability divided by n is often 0
+        scale = (
+            grad_loss / ctx.n
+        )  # here and not above: in float16, a probability divided by n is often 0
         return grad_x * scale, grad_weight * scale, None, None
 
 
 @torch.library.custom_op("gpt124m::add_product", mutates_args={"total"})
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total (V, C) float32 += left.T @ right, for left (rows, V) and right (rows, C) of any precision.
+    """total (V, C) float32 += left.T @ right, for left (rows, V) and right (rows, C) of any
+    precision.
 
-    An operator of its own, because Inductor would keep the products of all slices and add them up in one kernel.
+    An operator of its own, because Inductor would keep the products of all slices and add them up
+    in one kernel.
     """
     if right.dtype == total.dtype:
         total.addmm_(left.T, right)
@@ -344,9 +423,10 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW; but groups marked "muon" take Muon's steps (Jordan 2024): a matrix moves by the orthogonal matrix that is
-    nearest to the momentum of its gradients, scaled to the size of AdamW's steps (0.2 sqrt(max(rows, columns)), Liu et
-    al. 2025, arXiv 2502.16982). The rows of c_attn.weight are q, k and v: three matrices, each made orthogonal alone.
+    """AdamW; but groups marked "muon" take Muon's steps (Jordan 2024): a matrix moves by the
+    orthogonal matrix that is nearest to the momentum of its gradients, scaled to the size of
+    AdamW's steps (0.2 sqrt(max(rows, columns)), Liu et al. 2025, arXiv 2502.16982). The rows of
+    c_attn.weight are q, k and v: three matrices, each made orthogonal alone.
     """
 
     momentum = 0.95
@@ -359,16 +439,22 @@ class Muon(torch.optim.AdamW):
         self.param_groups = groups
         for group in groups:
             if group.get("muon"):
-                for shape in dict.fromkeys(p.shape for p in group["params"]):  # matrices of one shape go together
+                for shape in dict.fromkeys(
+                    p.shape for p in group["params"]
+                ):  # matrices of one shape go together
                     self.step_matrices([p for p in group["params"] if p.shape == shape], group)
 
     def step_matrices(self, parameters, group):
         rows, C = parameters[0].shape
         for p in parameters:
             if not self.state[p]:  # with the "step" that AdamW looks for when it loads a state
-                self.state[p].update(step=torch.zeros((), device=p.device), momentum=torch.zeros_like(p))
+                self.state[p].update(
+                    step=torch.zeros((), device=p.device), momentum=torch.zeros_like(p)
+                )
             self.state[p]["momentum"].lerp_(p.grad, 1 - self.momentum)
-        updates = torch.stack([p.grad.lerp(self.state[p]["momentum"], self.momentum) for p in parameters])
+        updates = torch.stack(
+            [p.grad.lerp(self.state[p]["momentum"], self.momentum) for p in parameters]
+        )
         if rows == 3 * C:
             updates = updates.view(-1, C, C)
         updates = orthogonalize(updates) * (0.2 * math.sqrt(max(updates.shape[1:])))
@@ -377,7 +463,8 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalize(matrices):
-    """(n, rows, columns) -> the same with all singular values near 1, by 5 steps of a Newton-Schulz iteration."""
+    """(n, rows, columns) -> the same with all singular values near 1, by 5 steps of a Newton-Schulz
+    iteration."""
     X = matrices.bfloat16() if matrices.is_cuda else matrices
     X = X.mT if X.size(1) > X.size(2) else X
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -387,12 +474,13 @@ def orthogonalize(matrices):
     return (X.mT if matrices.size(1) > matrices.size(2) else X).to(matrices.dtype)
 
 
-# Attention for shapes that change with every call: not cuDNN's (torch's choice on Hopper), which plans each shape anew.
+# Attention for shapes that change with every call: not cuDNN's (torch's choice on Hopper), which
+# plans each shape anew.
 CHANGING_SHAPES = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # OpenAI kept these weights as (inputs, outputs); nn.Linear wants (outputs, inputs).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
-# Checkpoints hold their GPTConfig; torch.load opens plain data and what is named here, and nothing else.
-# Checkpoints of the original scripts pickled it as a class of __main__.
+# Checkpoints hold their GPTConfig; torch.load opens plain data and what is named here, and nothing
+# else. Checkpoints of the original scripts pickled it as a class of __main__.
 torch.serialization.add_safe_globals([GPTConfig, (GPTConfig, "__main__.GPTConfig")])

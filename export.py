@@ -98,7 +98,8 @@ class ExportConfig:
 
 
 def config_files(config: GPTConfig, end_id: int) -> dict[str, str]:
-    """{file name: text} of config.json and generation_config.json. n_ctx is there for llama.cpp's converter."""
+    """{file name: text} of config.json and generation_config.json. n_ctx is there for llama.cpp's
+    converter."""
     ends = {"bos_token_id": end_id, "eos_token_id": end_id}
     model = {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
@@ -114,7 +115,8 @@ def config_files(config: GPTConfig, end_id: int) -> dict[str, str]:
 
 
 def export_weights(model: GPT) -> dict[str, torch.Tensor]:
-    """The weights under Hugging Face's names, as OpenAI laid them out: (inputs, outputs); lm_head is wte."""
+    """The weights under Hugging Face's names, as OpenAI laid them out: (inputs, outputs); lm_head
+    is wte."""
     return {
         name: (parameter.T if name.endswith(TRANSPOSED) else parameter).detach().contiguous()
         for name, parameter in model.named_parameters()
@@ -125,39 +127,65 @@ def crop(model: GPT, n_vocab: int) -> GPT:
     """The same model without the rows that pad its vocabulary."""
     cropped = GPT(GPTConfig(**vars(model.config) | {"vocab_size": n_vocab}))
     weights = model.state_dict()
-    cropped.load_weights(weights | {"transformer.wte.weight": weights["transformer.wte.weight"][:n_vocab]})
+    cropped.load_weights(
+        weights | {"transformer.wte.weight": weights["transformer.wte.weight"][:n_vocab]}
+    )
     return cropped.eval()
 
 
 # ---- the model card ----
 
 
-def model_card(name: str, model: GPT, tokenizer: str, checkpoint: dict, log_dir: Path | None) -> str:
-    """README.md of the folder, from what the checkpoint and its log say; what was not measured is left out."""
+def model_card(
+    name: str, model: GPT, tokenizer: str, checkpoint: dict, log_dir: Path | None
+) -> str:
+    """README.md of the folder, from what the checkpoint and its log say; what was not measured is
+    left out."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     run = read_run(log_dir) if log_dir else {}
-    data, train, step = checkpoint.get("data", {}), checkpoint.get("train_config", {}), checkpoint.get("step")
-    scores = [(at, score) for at, score in read_log(log_dir).get("hella", []) if at <= step] if run else []
+    data, train, step = (
+        checkpoint.get("data", {}),
+        checkpoint.get("train_config", {}),
+        checkpoint.get("step"),
+    )
+    scores = (
+        [(at, score) for at, score in read_log(log_dir).get("hella", []) if at <= step]
+        if run
+        else []
+    )
     loss = measured(checkpoint.get("val_loss"), checkpoint.get("val_step"), step)
     hellaswag = measured(scores[-1][1], scores[-1][0], step) if scores else None
 
     dataset = data["dataset"] if is_on_hub(data) else None
     names = {"pydoc": f"the documentation of Python {data.get('revision')}", None: "unnamed shards"}
-    source, unit, prompt = names.get(public_name(data), public_name(data)), UNIT[tokenizer], PROMPT[tokenizer]
+    source, unit, prompt = (
+        names.get(public_name(data), public_name(data)),
+        UNIT[tokenizer],
+        PROMPT[tokenizer],
+    )
     results = []
     if loss:
         where = dataset or "validation", f"{source}, validation shard", "loss"
-        results.append(EvalResult("text-generation", *where, loss["value"], metric_name=f"loss (nats per {unit})"))
+        results.append(
+            EvalResult(
+                "text-generation", *where, loss["value"], metric_name=f"loss (nats per {unit})"
+            )
+        )
     if hellaswag:
         where = "Rowan/hellaswag", "HellaSwag (completion style)", "acc_norm"
-        results.append(EvalResult("text-generation", *where, hellaswag["value"], metric_name="acc_norm"))
+        results.append(
+            EvalResult("text-generation", *where, hellaswag["value"], metric_name="acc_norm")
+        )
     header = ModelCardData(
         language="en", license="mit", library_name="transformers", pipeline_tag="text-generation",
         tags=["gpt2", "text-generation"], datasets=[dataset] if dataset else None, model_name=name,
         eval_results=results or None,
     )  # fmt: skip
-    texts = [prompt + "".join(stream_text(model, get_tokenizer(tokenizer), prompt, 64, seed=s)) for s in range(42, 46)]
+    texts = [
+        prompt + "".join(stream_text(model, get_tokenizer(tokenizer), prompt, 64, seed=s))
+        for s in range(42, 46)
+    ]
     card = ModelCard.from_template(
         header, template_str=CARD, name=name, model=model.config, source=source, unit=unit, prompt=prompt, data=data,
         train=train, step=step, run=run, loss=loss, hellaswag=hellaswag,
@@ -170,7 +198,8 @@ def model_card(name: str, model: GPT, tokenizer: str, checkpoint: dict, log_dir:
 
 
 def measured(value: float | None, at: int | None, step: int) -> dict | None:
-    """What the card says of a value that was measured at step `at` (older checkpoints don't say: at theirs)."""
+    """What the card says of a value that was measured at step `at` (older checkpoints don't say: at
+    theirs)."""
     if value is None:
         return None
     return {"value": round(value, 4), "at": "" if at in (None, step) else f", at step {at:,}"}
@@ -180,8 +209,8 @@ def measured(value: float | None, at: int | None, step: int) -> dict | None:
 
 
 def write_folder(config: ExportConfig, folder: Path) -> float:
-    """Write every file into `folder`, read it back, and return the largest difference of logits; raises UserError if
-    it is more than rounding."""
+    """Write every file into `folder`, read it back, and return the largest difference of logits;
+    raises UserError if it is more than rounding."""
     from safetensors.torch import save_file
 
     model, tokenizer, checkpoint, path = open_model(config.model)
@@ -200,12 +229,17 @@ def write_folder(config: ExportConfig, folder: Path) -> float:
     if log_dir and (log_dir / "curve.png").exists():
         shutil.copyfile(log_dir / "curve.png", folder / "curve.png")
     save_file(export_weights(exported), folder / "model.safetensors", metadata={"format": "pt"})
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors writes it with mode 600
+    shutil.copymode(
+        folder / "config.json", folder / "model.safetensors"
+    )  # safetensors writes it with mode 600
 
     tokens = encoding.encode_ordinary(card)[: model.config.block_size]
     idx = torch.tensor([tokens])  # (1, T)
     with torch.no_grad():
-        before, after = model(idx)[0][..., : encoding.n_vocab], GPT.from_pretrained(str(folder))(idx)[0]
+        before, after = (
+            model(idx)[0][..., : encoding.n_vocab],
+            GPT.from_pretrained(str(folder))(idx)[0],
+        )
     difference = (before - after).abs().max().item()
     if not difference <= TOLERANCE:
         raise UserError(
@@ -230,7 +264,9 @@ def export(config: ExportConfig) -> None:
     if not Path(config.out).name:
         raise UserError(f"--out {config.out}: give the folder a name, as in --out GPT124M")
     if out.exists() and not config.overwrite:
-        raise UserError(f"{config.out} is there already: --overwrite replaces it, --out chooses another folder")
+        raise UserError(
+            f"{config.out} is there already: --overwrite replaces it, --out chooses another folder"
+        )
     if out.exists() and not is_export(out):
         raise UserError(
             f"{config.out} is not an exported model: --overwrite won't replace it, --out chooses another folder"
@@ -252,7 +288,9 @@ def export(config: ExportConfig) -> None:
         raise UserError(f"{config.out} can't be written: {error}", code=1) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"{config.out}: read back, logits differ from the checkpoint's by {difference:.2g} at most")
+    print(
+        f"{config.out}: read back, logits differ from the checkpoint's by {difference:.2g} at most"
+    )
 
 
 # ---- the Hub ----
@@ -260,19 +298,29 @@ def export(config: ExportConfig) -> None:
 
 def explain_hub(error: Exception, repository: str) -> UserError:
     """What went wrong with the Hub, and the next command. Never shows the token."""
-    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, LocalTokenNotFoundError):
         return UserError("you are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN")
     if isinstance(error, OfflineModeIsEnabled):
-        return UserError("the Hub is switched off on this machine: unset HF_HUB_OFFLINE and run the same command again")
+        return UserError(
+            "the Hub is switched off on this machine: unset HF_HUB_OFFLINE and run the same command again"
+        )
     if isinstance(error, HFValidationError):
-        return UserError(f"--push_to_hub {repository}: not a repository name; it looks like YOUR_NAME/GPT124M")
+        return UserError(
+            f"--push_to_hub {repository}: not a repository name; it looks like YOUR_NAME/GPT124M"
+        )
     if status == 401:
         return UserError("the Hub does not accept your token: run `hf auth login` with a new one")
     if status == 403:
-        return UserError(f"your token may not write to {repository}: run `hf auth login` with a token of type write")
+        return UserError(
+            f"your token may not write to {repository}: run `hf auth login` with a token of type write"
+        )
     reason = re.sub(r"hf_\w+", "hf_...", first_line(error))
     return UserError(
         f"the Hub can't be reached or refused {repository}: {reason}\nHINT: check the network",
@@ -281,7 +329,8 @@ def explain_hub(error: Exception, repository: str) -> UserError:
 
 
 def check_identity(repository: str) -> None:
-    """Raise UserError, before any work, for a bad name or for a token that the Hub does not know."""
+    """Raise UserError, before any work, for a bad name or for a token that the Hub does not
+    know."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
 
@@ -300,7 +349,9 @@ def push(out: str, repository: str, public: bool) -> None:
 
     try:
         HfApi().create_repo(repository, private=not public, exist_ok=True)
-        commit = HfApi().upload_folder(repo_id=repository, folder_path=out, commit_message="Upload GPT-2")
+        commit = HfApi().upload_folder(
+            repo_id=repository, folder_path=out, commit_message="Upload GPT-2"
+        )
     except Exception as error:
         explained = explain_hub(error, repository)
         again = f"{out} is whole: to run the same command again, add --overwrite"

@@ -30,11 +30,12 @@ from lib.ranks import device_name
 from lib.shards import FINEWEB_EDU, public_name
 from lib.tokenizer import UNIT
 
-# OpenAI's GPT-2 124M on build-nanogpt's validation shard (loss, nats per token) and on HellaSwag (acc_norm, completion
-# style); GPT-3 124M on HellaSwag from table H.1 of Brown et al. 2020.
+# OpenAI's GPT-2 124M on build-nanogpt's validation shard (loss, nats per token) and on HellaSwag
+# (acc_norm, completion style); GPT-3 124M on HellaSwag from table H.1 of Brown et al. 2020.
 GPT2_VAL_LOSS, GPT2_HELLASWAG, GPT3_HELLASWAG = 3.2924, 0.2955, 0.337
 
-# Peak dense bf16 TFLOP/s as published by the makers. A card not listed gets no MFU rather than a wrong one.
+# Peak dense bf16 TFLOP/s as published by the makers. A card not listed gets no MFU rather than a
+# wrong one.
 PEAK_TFLOPS = {
     "A100": 312, "A800": 312, "A30": 165, "A40": 150, "A10": 125, "A10G": 70, "RTX A6000": 155, "H100": 989,
     "H100 PCIe": 756, "H100 NVL": 835, "H800": 989, "H200": 989, "GH200": 989, "H20": 148, "B200": 2250, "L4": 121,
@@ -56,10 +57,11 @@ class MetricsConfig:
 
 
 class Log:
-    """LOG_DIR/log.txt, continued from a step: what was measured at this step or later is measured again.
+    """LOG_DIR/log.txt, continued from a step: what was measured at this step or later is measured
+    again.
 
-    log_dir None writes nothing: for the ranks that don't keep the log. not_again: streams that are not measured again
-    at the step itself, and keep their value there.
+    log_dir None writes nothing: for the ranks that don't keep the log. not_again: streams that are
+    not measured again at the step itself, and keep their value there.
     """
 
     def __init__(self, log_dir, first_step: int, not_again=()):
@@ -72,7 +74,9 @@ class Log:
                 step, stream, _ = line.split()
                 if int(step) < first_step or (int(step) == first_step and stream in not_again):
                     file.write(line.encode())
-        self.file = open(path, "a", buffering=2**24)  # bytes of lines that can wait for a disk with room
+        self.file = open(
+            path, "a", buffering=2**24
+        )  # bytes of lines that can wait for a disk with room
 
     def write(self, step: int, **values: float) -> None:
         if self.file is None:
@@ -83,13 +87,15 @@ class Log:
             self.file.flush()
 
     def sync(self) -> None:
-        """Flush to the disk: before a checkpoint, so that the log has every step that the checkpoint has."""
+        """Flush to the disk: before a checkpoint, so that the log has every step that the
+        checkpoint has."""
         self.file.flush()
         os.fsync(self.file.fileno())
 
 
 def whole_lines(path: Path) -> list[str]:
-    """The whole lines of a log: not those that a power cut or an editor has torn or filled with something else."""
+    """The whole lines of a log: not those that a power cut or an editor has torn or filled with
+    something else."""
     text = path.read_text(errors="replace") if path.exists() else ""
     return [line for line in text.splitlines(keepends=True) if re.fullmatch(LINE, line)]
 
@@ -104,11 +110,14 @@ def read_log(log_dir) -> dict[str, list[tuple[int, float]]]:
 
 
 def describe(config: dict, ranks, model: GPT, data: dict, precision: str, compiled: bool) -> dict:
-    """The facts of a run for run.json. It may be published, so absolute paths are cut to their last part.
+    """The facts of a run for run.json. It may be published, so absolute paths are cut to their last
+    part.
 
     config: vars of its TrainConfig. data: TokenLoader.identity().
     """
-    paths = {name: path for name, path in config.items() if isinstance(path, str) and os.path.isabs(path)}
+    paths = {
+        name: path for name, path in config.items() if isinstance(path, str) and os.path.isabs(path)
+    }
     return {
         "config": config | {name: os.path.basename(path) for name, path in paths.items()},
         "model": vars(model.config),
@@ -123,7 +132,8 @@ def describe(config: dict, ranks, model: GPT, data: dict, precision: str, compil
 
 
 def in_words(facts: dict, source, loader) -> str:
-    """The first lines of a run. facts: of `describe`. source: where its first weights are from. loader: its tokens."""
+    """The first lines of a run. facts: of `describe`. source: where its first weights are from.
+    loader: its tokens."""
     config, model = facts["config"], GPTConfig(**facts["model"])
     epochs = config["max_steps"] * facts["tokens_per_step"] / loader.tokens
     return (
@@ -134,7 +144,11 @@ def in_words(facts: dict, source, loader) -> str:
         f"{count(config['max_steps'], 'step')} of {facts['tokens_per_step']:,} are {epochs:.2f} epochs\n"
         f"machine: {facts['hardware']}, {facts['precision']}, {'compiled' if facts['compiled'] else 'not compiled'}; a "
         f"step is {count(loader.micro_steps, 'micro-batch')} of {loader.B} x {loader.T} tokens for each process"
-        + ("" if loader.manifest else f"\n{loader.data_dir} has no manifest.json: its tokens are taken for gpt2's")
+        + (
+            ""
+            if loader.manifest
+            else f"\n{loader.data_dir} has no manifest.json: its tokens are taken for gpt2's"
+        )
     )
 
 
@@ -156,9 +170,11 @@ def read_run(log_dir) -> dict:
 
 
 def flops_per_token(config: GPTConfig, seq_len: int) -> float:
-    """Floating point operations to learn from one token: 6 N + 12 L H Q T (Chowdhery et al. 2022, appendix B).
+    """Floating point operations to learn from one token: 6 N + 12 L H Q T (Chowdhery et al. 2022,
+    appendix B).
 
-    N: the weights of the matrices that multiply, 12 L C^2 + V C; no positions, biases or norms. 124M: 854.65e6.
+    N: the weights of the matrices that multiply, 12 L C^2 + V C; no positions, biases or norms.
+    124M: 854.65e6.
     """
     L, C, V = config.n_layer, config.n_embd, config.vocab_size
     return 6 * (12 * L * C * C + V * C) + 12 * L * C * seq_len
@@ -177,19 +193,30 @@ class Speed:
     def __init__(self, model: GPTConfig, train, ranks, precision: str):
         """train: the TrainConfig of the run. ranks: its Ranks."""
         self.tokens_per_step, self.recent = train.total_batch_size, collections.deque(maxlen=50)
-        peak = peak_flops(device_name(ranks.device)) if ranks.device.type == "cuda" and precision != "float32" else None
-        self.peak_tok_s = peak * ranks.world_size / flops_per_token(model, train.seq_len) if peak else None
+        peak = (
+            peak_flops(device_name(ranks.device))
+            if ranks.device.type == "cuda" and precision != "float32"
+            else None
+        )
+        self.peak_tok_s = (
+            peak * ranks.world_size / flops_per_token(model, train.seq_len) if peak else None
+        )
 
     def measure(self, seconds: float) -> dict[str, float]:
-        """The log's values for a step that took so long: tok_s, and mfu where the GPU's peak is known."""
+        """The log's values for a step that took so long: tok_s, and mfu where the GPU's peak is
+        known."""
         self.recent.append(seconds)
         tok_s = self.tokens_per_step / seconds
         return {"tok_s": tok_s} | ({"mfu": tok_s / self.peak_tok_s} if self.peak_tok_s else {})
 
     def line(self, steps_left: int) -> str:
-        """The last step's speed for people, with the time that the rest will take at the median of the recent steps."""
+        """The last step's speed for people, with the time that the rest will take at the median of
+        the recent steps."""
         seconds = self.recent[-1]
-        tok_s, eta = self.tokens_per_step / seconds, duration(steps_left * statistics.median(self.recent))
+        tok_s, eta = (
+            self.tokens_per_step / seconds,
+            duration(steps_left * statistics.median(self.recent)),
+        )
         mfu = f" | MFU {tok_s / self.peak_tok_s:.1%}" if self.peak_tok_s else ""
         return f"{1000 * seconds:.0f} ms | {tok_s:,.0f} tok/s{mfu} | ETA {eta}"
 
@@ -204,33 +231,60 @@ def duration(seconds: float) -> str:
 
 
 def plot(log_dir) -> Path | None:
-    """Draw LOG_DIR/curve.png: loss, and HellaSwag if measured, over steps and tokens; None if there is no loss."""
+    """Draw LOG_DIR/curve.png: loss, and HellaSwag if measured, over steps and tokens; None if there
+    is no loss."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    finite = {name: [p for p in points if math.isfinite(p[1])] for name, points in read_log(log_dir).items()}
+    finite = {
+        name: [p for p in points if math.isfinite(p[1])]
+        for name, points in read_log(log_dir).items()
+    }
     log, run = {name: points for name, points in finite.items() if points}, read_run(log_dir)
     if not log.keys() & {"train", "val"}:
         return None
     data, tokens_per_step = run.get("data", {}), run.get("tokens_per_step", 0)
     tokenizer = data.get("tokenizer", "gpt2")
-    comparable = data.get("dataset") == FINEWEB_EDU and tokenizer == "gpt2"  # GPT-2's loss is of this data's validation
+    comparable = (
+        data.get("dataset") == FINEWEB_EDU and tokenizer == "gpt2"
+    )  # GPT-2's loss is of this data's validation
     figure = Figure(figsize=(12 if "hella" in log else 8, 4.5), layout="constrained")
     axes = figure.subplots(1, 2 if "hella" in log else 1, squeeze=False)[0]
 
     if "train" in log:
         steps, losses = zip(*log["train"], strict=True)
         axes[0].plot(steps, losses, color="tab:blue", alpha=0.2, linewidth=0.8)
-        axes[0].plot(steps, smooth(losses), color="tab:blue", label=f"train, smoothed ({smooth(losses)[-1]:.4f})")
+        axes[0].plot(
+            steps,
+            smooth(losses),
+            color="tab:blue",
+            label=f"train, smoothed ({smooth(losses)[-1]:.4f})",
+        )
     if "val" in log:
         steps, losses = zip(*log["val"], strict=True)
-        axes[0].plot(steps, losses, "o-", color="tab:orange", markersize=4, label=f"validation ({losses[-1]:.4f})")
+        axes[0].plot(
+            steps,
+            losses,
+            "o-",
+            color="tab:orange",
+            markersize=4,
+            label=f"validation ({losses[-1]:.4f})",
+        )
         low, high = min(losses), losses[0]
-        axes[0].set_ylim(min(low, GPT2_VAL_LOSS if comparable else low) - 0.3, max(min(high, low + 3), low + 0.5))
+        axes[0].set_ylim(
+            min(low, GPT2_VAL_LOSS if comparable else low) - 0.3, max(min(high, low + 3), low + 0.5)
+        )
     axes[0].set(xlabel="step", ylabel=f"loss (nats per {UNIT[tokenizer]})")
     if "hella" in log:
         steps, scores = zip(*log["hella"], strict=True)
-        axes[1].plot(steps, scores, "o-", color="tab:blue", markersize=4, label=f"this model ({scores[-1]:.4f})")
+        axes[1].plot(
+            steps,
+            scores,
+            "o-",
+            color="tab:blue",
+            markersize=4,
+            label=f"this model ({scores[-1]:.4f})",
+        )
         axes[1].set(xlabel="step", ylabel="HellaSwag acc_norm")
     if comparable:
         for axis, value, color, name in [
@@ -245,12 +299,16 @@ def plot(log_dir) -> Path | None:
         axis.grid(alpha=0.3)
         axis.legend(framealpha=0.9, edgecolor="none")
         if tokens_per_step:
-            top = axis.secondary_xaxis("top", functions=(lambda s: s * tokens_per_step, lambda t: t / tokens_per_step))
+            top = axis.secondary_xaxis(
+                "top", functions=(lambda s: s * tokens_per_step, lambda t: t / tokens_per_step)
+            )
             top.set_xlabel("tokens")
             top.xaxis.set_major_formatter(EngFormatter(sep=""))
     if run:
         *_, parent, name = "", *Path(log_dir).resolve().parts
-        figure.suptitle(f"{parent}/{name}: {run['parameters'] / 1e6:,.1f}M parameters, {run['hardware']}")
+        figure.suptitle(
+            f"{parent}/{name}: {run['parameters'] / 1e6:,.1f}M parameters, {run['hardware']}"
+        )
     path = Path(log_dir) / "curve.png"
     with whole_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
@@ -270,25 +328,33 @@ def smooth(values) -> list[float]:
 
 
 def open_tracker(name: str, log_dir: Path, run: dict):
-    """A function (step, {stream: value}) that sends values to the tracker, and one that closes it."""
+    """A function (step, {stream: value}) that sends values to the tracker, and one that closes
+    it."""
     try:
         if name == "wandb":
             import wandb
 
-            session = wandb.init(project="GPT124M", name=log_dir.resolve().name, config=run, dir=str(log_dir))
+            session = wandb.init(
+                project="GPT124M", name=log_dir.resolve().name, config=run, dir=str(log_dir)
+            )
             return lambda step, values: session.log(values, step=step), session.finish
         from tensorboard.summary import Writer
 
         writer = Writer(str(log_dir / "tensorboard"))
-        return lambda step, values: [writer.add_scalar(k, v, step) for k, v in values.items()], writer.close
+        return lambda step, values: [
+            writer.add_scalar(k, v, step) for k, v in values.items()
+        ], writer.close
     except ImportError:
-        raise UserError(f"--tracker {name}: the package {name} is not installed: pip install {name}") from None
+        raise UserError(
+            f"--tracker {name}: the package {name} is not installed: pip install {name}"
+        ) from None
     except Exception as error:  # of wandb's own kinds: no key, no network
         raise UserError(f"--tracker {name}: {first_line(error)}") from None
 
 
 def replay(config: MetricsConfig) -> None:
-    """Send the whole log to the tracker, a step at a time; with follow, go on until the last step is there."""
+    """Send the whole log to the tracker, a step at a time; with follow, go on until the last step
+    is there."""
     log_dir, sent, waited = Path(config.log_dir), 0, 0
     run = read_run(log_dir)
     last_step = run.get("config", {}).get("max_steps", 0)
@@ -300,7 +366,8 @@ def replay(config: MetricsConfig) -> None:
                 step, stream, value = line.split()
                 steps.setdefault(int(step), {})[stream] = float(value)
             newest = max(steps, default=0)
-            # the last line is the time of the last save; a finished run that was run again has none: a minute will do
+            # the last line is the time of the last save; a finished run that was run again has
+            # none: a minute will do
             ended = not config.follow or "save_s" in steps.get(last_step, {}) or waited == 30
             for step in sorted(steps):
                 if step >= sent and (step < newest or ended):  # the newest step may still grow
@@ -320,10 +387,14 @@ def replay(config: MetricsConfig) -> None:
 def main(argv=None) -> int:
     config = parse(MetricsConfig, argv, __doc__, positional="log_dir")
     if config.follow and not config.tracker:
-        raise UserError("--follow sends what a run writes to a --tracker: give one, wandb or tensorboard")
+        raise UserError(
+            "--follow sends what a run writes to a --tracker: give one, wandb or tensorboard"
+        )
     log = read_log(config.log_dir)
     if not log:
-        raise UserError(f"{config.log_dir} has no log.txt with values in it: is it the --log_dir of a run?")
+        raise UserError(
+            f"{config.log_dir} has no log.txt with values in it: is it the --log_dir of a run?"
+        )
     for stream, points in log.items():
         print(f"{stream:8s} {points[-1][1]:<12.6g} at step {points[-1][0]}")
     if path := plot(config.log_dir):

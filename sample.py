@@ -24,7 +24,9 @@ from lib.tokenizer import PROMPT, get_tokenizer
 @dataclass(frozen=True)
 class SampleConfig:
     # the prompt
-    prompt: str = ""  # text to continue; - reads standard input; without one the model begins a document
+    prompt: str = (
+        ""  # text to continue; - reads standard input; without one the model begins a document
+    )
     prompt_file: str | None = None  # file with the text to continue
     # the model
     model: str = "log/model_checkpoint.pt"  # a checkpoint, an exported folder, or gpt2, gpt2-medium ... from the Hub
@@ -38,15 +40,24 @@ class SampleConfig:
 
 
 def stream_text(
-    model: GPT, encoding: tiktoken.Encoding, prompt: str, max_new_tokens: int, temperature=1.0, top_k=50, seed=42
+    model: GPT,
+    encoding: tiktoken.Encoding,
+    prompt: str,
+    max_new_tokens: int,
+    temperature=1.0,
+    top_k=50,
+    seed=42,
 ):
-    """Yield the continuation of a prompt piece by piece, until max_new_tokens or the end of the document."""
+    """Yield the continuation of a prompt piece by piece, until max_new_tokens or the end of the
+    document."""
     device = model.lm_head.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     tokens = encoding.encode(prompt, allowed_special="all") or [encoding.eot_token]
     idx = torch.tensor([tokens], device=device)  # (1, T)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
-    for token in model.stream(idx, max_new_tokens, temperature, top_k or None, generator, encoding.n_vocab):
+    for token in model.stream(
+        idx, max_new_tokens, temperature, top_k or None, generator, encoding.n_vocab
+    ):
         if token.item() == encoding.eot_token:
             break
         yield decoder.decode(encoding.decode_single_token_bytes(token.item()))
@@ -58,7 +69,9 @@ def show_samples(model: GPT, encoding: tiktoken.Encoding, autocast) -> str:
     prompt, length, texts = PROMPT[encoding.name], 64 if encoding.name == "gpt2" else 256, []
     for seed in (42, 43):
         with autocast:
-            text = prompt + "".join(stream_text(model, encoding, prompt, length, temperature=0.8, seed=seed))
+            text = prompt + "".join(
+                stream_text(model, encoding, prompt, length, temperature=0.8, seed=seed)
+            )
         texts.append("  sample\n  > " + printable(text).replace("\n", "\n  > "))
     return "\n".join(texts)
 
@@ -80,7 +93,9 @@ def main(argv=None) -> int:
         elif prompt == "-":
             prompt = sys.stdin.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the prompt {config.prompt_file or '-'} can't be read as UTF-8 text: {error}") from None
+        raise UserError(
+            f"the prompt {config.prompt_file or '-'} can't be read as UTF-8 text: {error}"
+        ) from None
     model, tokenizer = load_model(config.model, choose_device(config.device))
     encoding = get_tokenizer(tokenizer)
     for number in range(config.num_samples):

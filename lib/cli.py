@@ -1,14 +1,16 @@
-"""The command line: a frozen dataclass becomes flags and help, a UserError one line and an exit code.
+"""The command line: a frozen dataclass becomes flags and help, a UserError one line and an exit
+code.
 
-A field of the dataclass is a flag of the same name; the comment at its right is its help, and a comment line of its own
-starts a group:
+A field of the dataclass is a flag of the same name; the comment at its right is its help, and a
+comment line of its own starts a group:
 
     @dataclass(frozen=True)
     class SampleConfig:
         # the text
         num_samples: PositiveInt = 4  # texts to write
 
-A number is finite, not negative and below 2^63; one whose type is PositiveInt or PositiveFloat is above 0 as well.
+A number is finite, not negative and below 2^63; one whose type is PositiveInt or PositiveFloat is
+above 0 as well.
 """
 
 import argparse
@@ -32,8 +34,8 @@ PositiveInt, PositiveFloat = Annotated[int, "positive"], Annotated[float, "posit
 class UserError(Exception):
     """Something that the user can put right: printed as one message without a traceback.
 
-    code: the exit code (2 bad input, 1 the run failed). alone: perhaps only this rank has met it, so it is printed
-    whatever the rank; other errors are the same on every rank.
+    code: the exit code (2 bad input, 1 the run failed). alone: perhaps only this rank has met it,
+    so it is printed whatever the rank; other errors are the same on every rank.
     """
 
     def __init__(self, message: str, code: int = 2, alone: bool = False):
@@ -42,16 +44,19 @@ class UserError(Exception):
 
 
 def command(main):
-    """Decorate a script's `main(argv=None) -> int`: a UserError is printed on stderr and becomes the exit code.
+    """Decorate a script's `main(argv=None) -> int`: a UserError is printed on stderr and becomes
+    the exit code.
 
-    Under torchrun the first rank of each machine prints an error that all ranks have, and leaves; torchrun then ends
-    the others, which wait for that at most 10 s.
+    Under torchrun the first rank of each machine prints an error that all ranks have, and leaves;
+    torchrun then ends the others, which wait for that at most 10 s.
     """
 
     @functools.wraps(main)
     def run(argv=None) -> int:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
+            sys.stdout.reconfigure(
+                errors="replace"
+            )  # a terminal that is not UTF-8 shows ? for what it lacks
         try:
             return main(argv) or 0
         except UserError as error:
@@ -78,8 +83,8 @@ def command(main):
 
 
 def leave(exit_code: int) -> typing.NoReturn:
-    """End the process. Under torchrun at once: during Python's normal shutdown a thread of gloo that still frees a
-    tensor can abort it (exit code -6)."""
+    """End the process. Under torchrun at once: during Python's normal shutdown a thread of gloo
+    that still frees a tensor can abort it (exit code -6)."""
     if "RANK" not in os.environ:
         sys.exit(exit_code)
     with contextlib.suppress(OSError):
@@ -88,7 +93,8 @@ def leave(exit_code: int) -> typing.NoReturn:
 
 
 def discard_output() -> None:
-    """Send standard output to /dev/null from now on: its reader is gone (`| head`, a closed terminal)."""
+    """Send standard output to /dev/null from now on: its reader is gone (`| head`, a closed
+    terminal)."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -106,19 +112,32 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
         if unknown:
-            near = difflib.get_close_matches(unknown[1].split("=")[0], self._option_string_actions, n=1)
+            near = difflib.get_close_matches(
+                unknown[1].split("=")[0], self._option_string_actions, n=1
+            )
             message = f"unknown flag {unknown[1]}" + (f": did you mean {near[0]}?" if near else "")
-        raise UserError(f"{message} (--help lists the flags of {os.path.basename(sys.argv[0]) or 'this script'})")
+        raise UserError(
+            f"{message} (--help lists the flags of {os.path.basename(sys.argv[0]) or 'this script'})"
+        )
 
 
-def parse(cls, argv: list[str] | None, doc: str, presets: dict[str, dict] | None = None, positional: str | None = None):
+def parse(
+    cls,
+    argv: list[str] | None,
+    doc: str,
+    presets: dict[str, dict] | None = None,
+    positional: str | None = None,
+):
     """An instance of the dataclass `cls` from command line arguments.
 
-    argv: the arguments, None for sys.argv[1:]. doc: the script's docstring, shown by --help. presets: defaults by name
-    of preset, for a dataclass with a field `preset`. positional: the field that is given without a flag.
-    Raises UserError for arguments that don't fit their field's type or bound.
+    argv: the arguments, None for sys.argv[1:]. doc: the script's docstring, shown by --help.
+    presets: defaults by name of preset, for a dataclass with a field `preset`. positional: the
+    field that is given without a flag. Raises UserError for arguments that don't fit their field's
+    type or bound.
     """
-    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=130, max_help_position=26)
+    formatter = functools.partial(
+        argparse.RawDescriptionHelpFormatter, width=130, max_help_position=26
+    )
     usage = f"%(prog)s {f'[{positional}] ' if positional else ''}[flags]"
     parser = Parser(usage=usage, description=doc, formatter_class=formatter, allow_abbrev=False)
     comments, group = field_comments(cls), parser
@@ -138,11 +157,15 @@ def parse(cls, argv: list[str] | None, doc: str, presets: dict[str, dict] | None
         if default not in (None, False, ""):
             options["help"] += f" (default: {default})"
         if field.name == positional:
-            group.add_argument(field.name, **options | {"metavar": field.name.upper(), "nargs": "?"})
+            group.add_argument(
+                field.name, **options | {"metavar": field.name.upper(), "nargs": "?"}
+            )
         else:
             group.add_argument(f"--{field.name}", **options)
     arguments = sys.argv[1:] if argv is None else argv
-    end = arguments.index("--") if "--" in arguments else len(arguments)  # behind it nothing is a flag
+    end = (
+        arguments.index("--") if "--" in arguments else len(arguments)
+    )  # behind it nothing is a flag
     arguments = [*map(with_underscores, arguments[:end]), *arguments[end:]]
     if presets:
         chosen, _ = parser.parse_known_args(arguments)
@@ -153,7 +176,8 @@ def parse(cls, argv: list[str] | None, doc: str, presets: dict[str, dict] | None
 
 
 def field_type(cls, name: str) -> tuple[type, bool]:
-    """(type, whether it must be above 0) of a dataclass's field: PositiveInt | None -> (int, True)."""
+    """(type, whether it must be above 0) of a dataclass's field: PositiveInt | None -> (int,
+    True)."""
     kind = typing.get_type_hints(cls, include_extras=True)[name]
     if type(None) in typing.get_args(kind):
         kind = typing.get_args(kind)[0]
@@ -163,7 +187,8 @@ def field_type(cls, name: str) -> tuple[type, bool]:
 
 
 def check_bounds(config) -> None:
-    """Raise UserError for a number of a dataclass that is out of its bounds (see the top of this file)."""
+    """Raise UserError for a number of a dataclass that is out of its bounds (see the top of this
+    file)."""
     for name, value in vars(config).items():
         kind, positive = field_type(type(config), name)
         if value is None or kind not in (int, float):
@@ -171,13 +196,16 @@ def check_bounds(config) -> None:
         if kind is int and value < int(positive):
             raise UserError(f"--{name} is {value}: it must be at least {int(positive)}")
         if not (0 < value if positive else 0 <= value):
-            raise UserError(f"--{name} is {value}: it must be a number {'above 0' if positive else 'of at least 0'}")
+            raise UserError(
+                f"--{name} is {value}: it must be a number {'above 0' if positive else 'of at least 0'}"
+            )
         if value >= 2**63:
             raise UserError(f"--{name} is {value}: it must be below 2^63")
 
 
 def field_comments(cls) -> dict[str, tuple[str, str]]:
-    """{field: (heading of the group that starts here or "", help)} from the source of a dataclass."""
+    """{field: (heading of the group that starts here or "", help)} from the source of a
+    dataclass."""
     comments, heading = {}, ""
     for line in textwrap.dedent(inspect.getsource(cls)).splitlines():
         if match := re.match(r"    # (.+)", line):

@@ -1,7 +1,8 @@
 """Files that are whole or absent, directories with one writer, and what a file system can't do.
 
-Network and FUSE file systems lack some of what a local disk has. Each such lack costs one warning, which says what is
-lost by it, and the run goes on; an error of the disk itself (EIO, ENOSPC) is raised.
+Network and FUSE file systems lack some of what a local disk has. Each such lack costs one warning,
+which says what is lost by it, and the run goes on; an error of the disk itself (EIO, ENOSPC) is
+raised.
 """
 
 import contextlib
@@ -17,14 +18,24 @@ from pathlib import Path
 from lib.cli import UserError
 
 # what a call fails with that the file system does not support
-CANNOT = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.EINVAL, errno.EBADF}
+CANNOT = {
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.ENOTSUP,
+    errno.EPERM,
+    errno.EINVAL,
+    errno.EBADF,
+}
 CANNOT |= {errno.ENODEV, errno.EEXIST, errno.EISDIR}
 
 
 @functools.cache
 def lacking(what: str, consequence: str) -> None:
     """Warn, once in a process, of something that this file system does not have."""
-    logging.getLogger("GPT124M").warning("WARNING: this file system has no %s: %s", what, consequence)
+    logging.getLogger("GPT124M").warning(
+        "WARNING: this file system has no %s: %s", what, consequence
+    )
 
 
 @contextlib.contextmanager
@@ -39,8 +50,8 @@ def if_possible(what: str, consequence: str):
 
 
 def again_if_stale(function, *args, **options):
-    """function(*args, **options), which reads files; called once more after ESTALE. An NFS client raises that when
-    another machine has replaced a file, and asks the server anew the next time."""
+    """function(*args, **options), which reads files; called once more after ESTALE. An NFS client
+    raises that when another machine has replaced a file, and asks the server anew the next time."""
     try:
         return function(*args, **options)
     except OSError as error:
@@ -53,8 +64,8 @@ def again_if_stale(function, *args, **options):
 def whole_file(path):
     """Open a binary file to write that appears under `path` complete, or not at all.
 
-    The bytes go to `path`.tmp, are flushed to the disk, and the file is renamed; the directory is flushed as well, so
-    that the name survives a power cut. After an error nothing of it is left.
+    The bytes go to `path`.tmp, are flushed to the disk, and the file is renamed; the directory is
+    flushed as well, so that the name survives a power cut. After an error nothing of it is left.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -76,7 +87,10 @@ def replace(temporary: Path, path: Path) -> None:
     try:
         os.replace(temporary, path)
     except FileExistsError:
-        lacking("renaming onto an existing name", "a process that is killed meanwhile can leave neither file")
+        lacking(
+            "renaming onto an existing name",
+            "a process that is killed meanwhile can leave neither file",
+        )
         path.unlink()
         os.replace(temporary, path)
     sync(path.parent)
@@ -84,7 +98,9 @@ def replace(temporary: Path, path: Path) -> None:
 
 def sync(path) -> None:
     """Flush a file, or the names in a directory, to the disk."""
-    with if_possible("flushing of directories", "after a power cut the newest files may be missing"):
+    with if_possible(
+        "flushing of directories", "after a power cut the newest files may be missing"
+    ):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -94,10 +110,12 @@ def sync(path) -> None:
 
 @contextlib.contextmanager
 def only_writer(directory, *names: str):
-    """Hold the directory (made if need be) for this process; raises UserError naming the process that has it.
+    """Hold the directory (made if need be) for this process; raises UserError naming the process
+    that has it.
 
-    The lock is fcntl's: the kernel drops it however the process ends, and children don't inherit it. names: patterns
-    of what is written here; what an earlier writer left half-written, under such a name and .tmp, is removed.
+    The lock is fcntl's: the kernel drops it however the process ends, and children don't inherit
+    it. names: patterns of what is written here; what an earlier writer left half-written, under
+    such a name and .tmp, is removed.
     """
     directory = Path(directory)
     try:

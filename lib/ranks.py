@@ -1,7 +1,7 @@
 """The processes of a run (ranks): what they compute together, and the signals that stop them.
 
-torchrun starts one process per GPU and tells each its rank. Without torchrun there is one process, its world_size is 1,
-and everything here stays inside it.
+torchrun starts one process per GPU and tells each its rank. Without torchrun there is one process,
+its world_size is 1, and everything here stays inside it.
 """
 
 import contextlib
@@ -23,11 +23,18 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device for --device: auto takes CUDA, then Apple's MPS, then the CPU. Raises UserError if it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """The device for --device: auto takes CUDA, then Apple's MPS, then the CPU. Raises UserError if
+    it is not there."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     kind = next(kind for kind, is_there in there.items() if is_there) if name == "auto" else name
     if not there[kind]:
-        raise UserError(f"--device {name}: this machine has none that torch can use; auto takes what there is")
+        raise UserError(
+            f"--device {name}: this machine has none that torch can use; auto takes what there is"
+        )
     if kind == "cuda" and local_rank >= torch.cuda.device_count():
         raise UserError(
             f"{local_rank + 1} processes or more, but {torch.cuda.device_count()} GPUs: lower --nproc_per_node"
@@ -36,7 +43,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 class Ranks:
-    """rank: this process's number among world_size. device: what it computes on. main: does it print and write?"""
+    """rank: this process's number among world_size. device: what it computes on. main: does it
+    print and write?"""
 
     def __init__(self, device: str):
         self.rank = int(os.environ.get("RANK", 0))
@@ -54,18 +62,24 @@ class Ranks:
             dist.destroy_process_group()
 
     def precision(self, dtype: str) -> str:
-        """What --dtype means on this device: auto is the fastest that its hardware computes in itself."""
+        """What --dtype means on this device: auto is the fastest that its hardware computes in
+        itself."""
         if dtype != "auto":
             return dtype
-        if self.device.type == "cuda":  # from Ampere on; before, T4 and V100 have tensor cores for float16 only
-            return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        if (
+            self.device.type == "cuda"
+        ):  # from Ampere on; before, T4 and V100 have tensor cores for float16 only
+            return (
+                "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+            )
         fast = self.device.type == "cpu" and (
             torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         )
         return "bfloat16" if fast else "float32"
 
     def connect(self, timeout: int) -> None:
-        """Start the process group. Input errors come before this: no rank waits here for one that has left."""
+        """Start the process group. Input errors come before this: no rank waits here for one that
+        has left."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # what stays in float32 may use TF32
@@ -76,12 +90,15 @@ class Ranks:
             dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
 
     def say(self, text: str) -> None:
-        """Print, on the main rank only. Output that can't be written is no reason to stop: log.txt has the numbers."""
+        """Print, on the main rank only. Output that can't be written is no reason to stop: log.txt
+        has the numbers."""
         if self.main:
             try:
                 print(text, flush=True)
             except OSError as error:
-                if error.errno != errno.ENOSPC:  # a closed terminal stays closed, a full disk may have room again
+                if (
+                    error.errno != errno.ENOSPC
+                ):  # a closed terminal stays closed, a full disk may have room again
                     discard_output()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -91,19 +108,21 @@ class Ranks:
         return tensor
 
     def max(self, number: float) -> torch.Tensor:
-        """The largest of the ranks' numbers, as a tensor on the device: reading it waits for the GPU."""
+        """The largest of the ranks' numbers, as a tensor on the device: reading it waits for the
+        GPU."""
         tensor = torch.full((), float(number), device=self.device)
         if self.world_size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
     def stopping(self) -> torch.Tensor:
-        """The signal that asks any rank to stop, as a tensor on the device; 0: none. It stays, once it is there."""
+        """The signal that asks any rank to stop, as a tensor on the device; 0: none. It stays, once
+        it is there."""
         return self.max(self.signals.pending())
 
     def until_stopped(self, items: list):
-        """Yield the items until a signal asks any rank to stop. Every rank asks equally often, even with fewer items:
-        else the others would wait for its answer for ever."""
+        """Yield the items until a signal asks any rank to stop. Every rank asks equally often, even
+        with fewer items: else the others would wait for its answer for ever."""
         for number in range(int(self.max(len(items)))):
             if self.stopping():
                 return
@@ -111,7 +130,8 @@ class Ranks:
                 yield items[number]
 
     def check_same(self, model: torch.nn.Module, step: int) -> None:
-        """Raise UserError, on every rank, if step or weights (by a checksum of their bits) are not the same."""
+        """Raise UserError, on every rank, if step or weights (by a checksum of their bits) are not
+        the same."""
         if self.world_size == 1:
             return
         sums = [parameter.detach().view(torch.int32).sum() for parameter in model.parameters()]
@@ -125,7 +145,9 @@ class Ranks:
                 "HINT: every machine must see the same --log_dir; if one sees its newest files late, try again",
                 code=1,
             )
-        if different := [rank for rank, theirs in enumerate(everyone) if not torch.equal(theirs, everyone[0])]:
+        if different := [
+            rank for rank, theirs in enumerate(everyone) if not torch.equal(theirs, everyone[0])
+        ]:
             raise UserError(
                 f"at step {step} the weights of ranks {different} differ from rank 0's: nothing is saved.\n"
                 "HINT: a GPU or its memory may be failing; the same command goes on from the last checkpoint",
@@ -151,18 +173,28 @@ def explain_out_of_memory(batch_size: int, recompute: bool):
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # GPU's, CPU's
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(
+            error
+        ):  # GPU's, CPU's
             raise
-        hints = [f"--batch_size {2 ** (batch_size - 1).bit_length() // 2} needs about half"] if batch_size > 1 else []
+        hints = (
+            [f"--batch_size {2 ** (batch_size - 1).bit_length() // 2} needs about half"]
+            if batch_size > 1
+            else []
+        )
         hints += [] if recompute else ["--recompute far less"]
-        hint = f"{' and '.join(hints)}; the result is the same" if hints else "choose a smaller model"
+        hint = (
+            f"{' and '.join(hints)}; the result is the same" if hints else "choose a smaller model"
+        )
         raise UserError(
-            f"the model at --batch_size {batch_size} does not fit into memory.\nHINT: {hint}", alone=True
+            f"the model at --batch_size {batch_size} does not fit into memory.\nHINT: {hint}",
+            alone=True,
         ) from None
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: a step then reuses the memory of the one before, instead of page-faulting it in."""
+    """Let glibc keep what is freed: a step then reuses the memory of the one before, instead of
+    page-faulting it in."""
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
@@ -174,7 +206,8 @@ def device_name(device: torch.device) -> str:
 
 
 class Signals:
-    """Turns the signals that would end the process into a note, so that the step can be finished and saved first."""
+    """Turns the signals that would end the process into a note, so that the step can be finished
+    and saved first."""
 
     def __init__(self):
         self.received, self.handlers, self.parent = 0, {}, os.getppid()
@@ -191,7 +224,9 @@ class Signals:
     def pending(self) -> int:
         """The signal that asks this process to stop; 0: none."""
         orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
-        return signal.SIGTERM if orphaned else self.received  # torchrun was killed, and can't send it any more
+        return (
+            signal.SIGTERM if orphaned else self.received
+        )  # torchrun was killed, and can't send it any more
 
     def forget(self) -> None:
         for number, handler in self.handlers.items():

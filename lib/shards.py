@@ -1,11 +1,13 @@
-"""The tokens on disk: shards of uint16 tokens, the manifest beside them, and the loader that reads them back.
+"""The tokens on disk: shards of uint16 tokens, the manifest beside them, and the loader that reads
+them back.
 
     writer = ShardWriter("mydata", manifest)                                      # documents' tokens in
     loader = TokenLoader("mydata", "train", seq_len=1024, batch_size=8, total_batch_size=65536)
     for x, y in loader.batches(step=0): ...                                       # (B, T) batches out
 
-The shards of a split form one stream. Sequence i is its tokens i*T .. i*T+T, the last one only a target; step s is the
-sequences s*N .. (s+1)*N-1, N to a step. So a step depends on its number alone, whatever the number of ranks.
+The shards of a split form one stream. Sequence i is its tokens i*T .. i*T+T, the last one only a
+target; step s is the sequences s*N .. (s+1)*N-1, N to a step. So a step depends on its number
+alone, whatever the number of ranks.
 
 Shapes: B sequences in a micro-batch (batch_size), T tokens in a sequence (seq_len).
 """
@@ -26,11 +28,15 @@ from lib.tokenizer import GPT2_TOKENS, get_tokenizer
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"  # the data set of GPT-2's default run
 DATA_DIR, DEMO_DATA_DIR = "edu_fineweb10B", "demo/data"
-BIN_MAGIC, BIN_HEADER = 20240520, 256 * 4  # llm.c's and modded-nanogpt's .bin shards; header in bytes
+BIN_MAGIC, BIN_HEADER = (
+    20240520,
+    256 * 4,
+)  # llm.c's and modded-nanogpt's .bin shards; header in bytes
 
 
 def is_on_hub(data: dict) -> bool:
-    """Is a data set, given as TokenLoader.identity(), one of the Hub? Those have a commit as their revision."""
+    """Is a data set, given as TokenLoader.identity(), one of the Hub? Those have a commit as their
+    revision."""
     return re.fullmatch(r"[0-9a-f]{40}", data.get("revision") or "") is not None
 
 
@@ -44,7 +50,8 @@ def public_name(data: dict) -> str | None:
 
 
 def read_manifest(data_dir) -> dict | None:
-    """DATA_DIR/manifest.json, or None where there is none. Raises UserError for one that can't be read."""
+    """DATA_DIR/manifest.json, or None where there is none. Raises UserError for one that can't be
+    read."""
     path = Path(data_dir) / "manifest.json"
     try:
         manifest = json.loads(again_if_stale(path.read_text))
@@ -58,8 +65,9 @@ def read_manifest(data_dir) -> dict | None:
 
 
 def open_shard(path: Path, tokens: int | None = None):
-    """The tokens of a .npy or .bin shard as a memory-mapped uint16 array (tokens,); where the file system can't map
-    files, as FileTokens. Raises UserError if the file is not a whole shard, or has not as many tokens as given."""
+    """The tokens of a .npy or .bin shard as a memory-mapped uint16 array (tokens,); where the file
+    system can't map files, as FileTokens. Raises UserError if the file is not a whole shard, or has
+    not as many tokens as given."""
     size = 0
     try:
         size, (offset, count) = again_if_stale(os.path.getsize, path), read_header(path)
@@ -69,28 +77,40 @@ def open_shard(path: Path, tokens: int | None = None):
         if tokens not in (None, count):
             raise UserError(f"{path} has {count:,} tokens, its manifest says {tokens:,}")
         with if_possible("memory maps", f"the tokens of {path.parent} are read piece by piece"):
-            # a plain array, because each slice of a memmap is a new memmap, which takes longer to make
+            # a plain array, because each slice of a memmap is a new memmap, which takes longer to
+            # make
             return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(count,)))
         return FileTokens(path, offset, count)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (OSError, ValueError, EOFError, OverflowError) as error:
-        raise UserError(f"{path} is damaged or cut short ({size:,} bytes): {first_line(error)}") from None
+        raise UserError(
+            f"{path} is damaged or cut short ({size:,} bytes): {first_line(error)}"
+        ) from None
 
 
 def read_header(path: Path) -> tuple[int, int]:
-    """(bytes before the first token, tokens) of a shard. Raises UserError if it is of another kind or type."""
+    """(bytes before the first token, tokens) of a shard. Raises UserError if it is of another kind
+    or type."""
     with open(path, "rb") as file:
         if path.suffix == ".bin":
             header = np.frombuffer(file.read(12), dtype="<i4")
             if len(header) < 3 or header[0] != BIN_MAGIC or header[1] != 1:
-                raise UserError(f"{path} is not a shard: its header is {header.tolist()}, not [{BIN_MAGIC}, 1, tokens]")
+                raise UserError(
+                    f"{path} is not a shard: its header is {header.tolist()}, not [{BIN_MAGIC}, 1, tokens]"
+                )
             return BIN_HEADER, int(header[2])
         version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        read = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
         shape, _, dtype = read(file)
         if dtype != np.uint16 or len(shape) != 1:
-            raise UserError(f"{path} is not a shard: it holds {dtype} {shape}, not uint16 (tokens,)")
+            raise UserError(
+                f"{path} is not a shard: it holds {dtype} {shape}, not uint16 (tokens,)"
+            )
         return file.tell(), shape[0]
 
 
@@ -126,7 +146,8 @@ def sha256(path) -> str:
 
 
 def verify(data_dir, manifest: dict):
-    """Check each shard against the manifest: presence, size, sha256, type and ids. Yields what is wrong, or None."""
+    """Check each shard against the manifest: presence, size, sha256, type and ids. Yields what is
+    wrong, or None."""
     for entry in manifest["shards"]:
         path, wrong = Path(data_dir) / entry["file"], None
         try:
@@ -144,15 +165,18 @@ def verify(data_dir, manifest: dict):
 
 
 class ShardWriter:
-    """Cuts a stream of tokens into shards. Each is written whole, and then the manifest with the position after it.
+    """Cuts a stream of tokens into shards. Each is written whole, and then the manifest with the
+    position after it.
 
-    A position says where the stream goes on: the state of the source before a batch of documents, and under "skip" how
-    many of that batch's tokens are in shards already.
+    A position says where the stream goes on: the state of the source before a batch of documents,
+    and under "skip" how many of that batch's tokens are in shards already.
     """
 
     def __init__(self, data_dir, manifest: dict):
         self.data_dir, self.manifest = Path(data_dir), manifest
-        self.tokens = sum(shard["tokens"] for shard in manifest["shards"])  # so far, with the buffered
+        self.tokens = sum(
+            shard["tokens"] for shard in manifest["shards"]
+        )  # so far, with the buffered
         self.filled = 0
         try:
             self.buffer = np.empty(manifest["shard_size"], dtype=np.uint16)
@@ -163,14 +187,21 @@ class ShardWriter:
             ) from None
 
     def add(self, tokens: np.ndarray, position: dict) -> None:
-        """Append a batch (tokens,) to the stream, from position["skip"] on. Raises UserError as `write`."""
+        """Append a batch (tokens,) to the stream, from position["skip"] on. Raises UserError as
+        `write`."""
         start = position["skip"]
         while start < len(tokens):
-            if self.filled == len(self.buffer):  # and a token is left: the last shard is write(None)'s, full or not
+            if self.filled == len(
+                self.buffer
+            ):  # and a token is left: the last shard is write(None)'s, full or not
                 self.write(position | {"skip": start})
             part = tokens[start : start + len(self.buffer) - self.filled]
             self.buffer[self.filled : self.filled + len(part)] = part
-            start, self.filled, self.tokens = start + len(part), self.filled + len(part), self.tokens + len(part)
+            start, self.filled, self.tokens = (
+                start + len(part),
+                self.filled + len(part),
+                self.tokens + len(part),
+            )
 
     def write(self, position: dict | None) -> None:
         """Write what is buffered as the next shard; position None: it is the last one.
@@ -180,12 +211,21 @@ class ShardWriter:
         number, tokens = len(self.manifest["shards"]), self.buffer[: self.filled]
         # the same prefix for every data set: the loader looks for train and val only
         path = self.data_dir / f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
-        documents = int(np.count_nonzero(tokens == get_tokenizer(self.manifest["tokenizer"]).eot_token))
+        documents = int(
+            np.count_nonzero(tokens == get_tokenizer(self.manifest["tokenizer"]).eot_token)
+        )
         try:
-            if self.filled:  # nothing is left where --max_tokens ends a continued run with its last whole shard
+            if (
+                self.filled
+            ):  # nothing is left where --max_tokens ends a continued run with its last whole shard
                 with whole_file(path) as file:
                     np.save(file, tokens)
-                entry = {"file": path.name, "tokens": len(tokens), "documents": documents, "sha256": sha256(path)}
+                entry = {
+                    "file": path.name,
+                    "tokens": len(tokens),
+                    "documents": documents,
+                    "sha256": sha256(path),
+                }
                 self.manifest["shards"].append(entry)
             self.manifest |= {"position": position, "complete": position is None}
             with whole_file(self.data_dir / "manifest.json") as file:
@@ -208,18 +248,24 @@ class TokenLoader:
 
     After the last whole sequence the stream begins again.
 
-    data_dir: the directory. split: "train" or "val". seq_len (T), total_batch_size: tokens. batch_size (B): sequences.
-    pin_memory: batches lie in page-locked memory, which a GPU copies from while it computes. shuffle: None, or a seed
-    by which each epoch has an order of its own.
-    Raises UserError if the directory has no such shards, a bad one, or too few tokens for one step, or if a step can't
-    be shared out evenly.
+    data_dir: the directory. split: "train" or "val". seq_len (T), total_batch_size: tokens.
+    batch_size (B): sequences. pin_memory: batches lie in page-locked memory, which a GPU copies
+    from while it computes. shuffle: None, or a seed by which each epoch has an order of its own.
+    Raises UserError if the directory has no such shards, a bad one, or too few tokens for one step,
+    or if a step can't be shared out evenly.
     """
 
     def __init__(
         self, data_dir, split, seq_len, batch_size, total_batch_size, rank=0, world_size=1, *, pin_memory=False,
         shuffle=None,
     ):  # fmt: skip
-        self.data_dir, self.T, self.B, self.rank, self.world_size = data_dir, seq_len, batch_size, rank, world_size
+        self.data_dir, self.T, self.B, self.rank, self.world_size = (
+            data_dir,
+            seq_len,
+            batch_size,
+            rank,
+            world_size,
+        )
         self.pin_memory, self.shuffle = pin_memory, shuffle
         self.micro_steps = count_micro_steps(seq_len, batch_size, total_batch_size, world_size)
         self.step_tokens, self.sequences_per_step = total_batch_size, total_batch_size // seq_len
@@ -230,7 +276,9 @@ class TokenLoader:
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.tokens = int(self.ends[-1])
         self.sequences = (self.tokens - 1) // seq_len
-        self.steps = self.sequences // self.sequences_per_step  # whole ones, before a sequence comes a second time
+        self.steps = (
+            self.sequences // self.sequences_per_step
+        )  # whole ones, before a sequence comes a second time
         if self.steps == 0:
             raise UserError(
                 f"the {split} shards of {data_dir} have {self.tokens:,} tokens, one step needs {total_batch_size + 1:,}"
@@ -240,27 +288,37 @@ class TokenLoader:
         self.ahead = {}  # (step, micro_step) -> future of the batch that will be wanted next
 
     def identity(self) -> dict:
-        """What identifies the data, wherever the directory lies: a resumed run compares it with its checkpoint's."""
+        """What identifies the data, wherever the directory lies: a resumed run compares it with its
+        checkpoint's."""
         manifest = self.manifest or {"shards": []}
-        contents = [(path.name, len(shard)) for path, shard in zip(self.paths, self.shards, strict=True)]
+        contents = [
+            (path.name, len(shard)) for path, shard in zip(self.paths, self.shards, strict=True)
+        ]
         contents += [shard["sha256"] for shard in manifest["shards"]]
         origin = {key: manifest.get(key) for key in ("dataset", "name", "revision")}
         digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
         return origin | {"tokenizer": self.tokenizer, "tokens": self.tokens, "sha256": digest}
 
     def batches(self, step: int):
-        """Yield the micro-batches of this rank at a step: (x, y), each (B, T) int64; y is x one token ahead.
+        """Yield the micro-batches of this rank at a step: (x, y), each (B, T) int64; y is x one
+        token ahead.
 
-        While the caller works on one, a thread reads the next. Raises UserError if a token is not below the vocabulary.
+        While the caller works on one, a thread reads the next. Raises UserError if a token is not
+        below the vocabulary.
         """
         for micro_step in range(self.micro_steps):
-            future = self.ahead.pop((step, micro_step), None) or self.thread.submit(self.read_batch, step, micro_step)
-            following = (step, micro_step + 1) if micro_step + 1 < self.micro_steps else (step + 1, 0)
+            future = self.ahead.pop((step, micro_step), None) or self.thread.submit(
+                self.read_batch, step, micro_step
+            )
+            following = (
+                (step, micro_step + 1) if micro_step + 1 < self.micro_steps else (step + 1, 0)
+            )
             self.ahead = {following: self.thread.submit(self.read_batch, *following)}
             yield future.result()
 
     def read_batch(self, step: int, micro_step: int):
-        """One micro-batch. In a step, rank 0 takes the first B sequences, rank 1 the next B, and so on, in turn."""
+        """One micro-batch. In a step, rank 0 takes the first B sequences, rank 1 the next B, and so
+        on, in turn."""
         import torch
 
         first = step * self.sequences_per_step + (micro_step * self.world_size + self.rank) * self.B
@@ -268,12 +326,14 @@ class TokenLoader:
         for start, n in self.spans(first):
             tokens = self.read(start * self.T, n * self.T + 1)
             parts.append((tokens[:-1].reshape(n, self.T), tokens[1:].reshape(n, self.T)))
-        x, y = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))  # (B, T) each
+        x, y = (
+            torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True)
+        )  # (B, T) each
         return (x.pin_memory(), y.pin_memory()) if self.pin_memory else (x, y)
 
     def spans(self, first: int):
-        """The places in the stream of the B sequences from the one that is `first`, counted over all epochs: yields
-        (sequence of the stream, how many from there on)."""
+        """The places in the stream of the B sequences from the one that is `first`, counted over
+        all epochs: yields (sequence of the stream, how many from there on)."""
         if self.shuffle is not None:
             for i in range(first, first + self.B):
                 epoch, place = divmod(i, self.sequences)
@@ -304,8 +364,9 @@ class TokenLoader:
 
 
 def shuffled(i: int, n: int, key: str) -> int:
-    """Place i of a permutation of 0 .. n-1 that follows from the key, without a table: a Feistel network (Luby and
-    Rackoff 1988) permutes 0 .. 4^bits - 1, at least n numbers, and is applied again while the result is n or more."""
+    """Place i of a permutation of 0 .. n-1 that follows from the key, without a table: a Feistel
+    network (Luby and Rackoff 1988) permutes 0 .. 4^bits - 1, at least n numbers, and is applied
+    again while the result is n or more."""
     bits = max(1, ((n - 1).bit_length() + 1) // 2)
     while True:
         left, right = i >> bits, i & (2**bits - 1)
@@ -318,28 +379,43 @@ def shuffled(i: int, n: int, key: str) -> int:
 
 
 def count_micro_steps(seq_len: int, batch_size: int, total_batch_size: int, world_size: int) -> int:
-    """Micro-batches of each rank in a step. Raises UserError with the nearest settings that fit if they don't."""
+    """Micro-batches of each rank in a step. Raises UserError with the nearest settings that fit if
+    they don't."""
     per_micro_step = seq_len * batch_size * world_size
     if total_batch_size % per_micro_step == 0:
         return total_batch_size // per_micro_step
-    fits = [B for B in range(1, batch_size + 1) if total_batch_size % (B * seq_len * world_size) == 0]
+    fits = [
+        B for B in range(1, batch_size + 1) if total_batch_size % (B * seq_len * world_size) == 0
+    ]
     nearest = max(1, round(total_batch_size / per_micro_step)) * per_micro_step
     raise UserError(
         f"--total_batch_size {total_batch_size} is not a multiple of --batch_size {batch_size} x --seq_len {seq_len}"
         f" x {world_size} ranks = {per_micro_step}\n"
-        + (f"HINT: --batch_size {fits[-1]} fits" if fits else f"HINT: --total_batch_size {nearest} fits")
+        + (
+            f"HINT: --batch_size {fits[-1]} fits"
+            if fits
+            else f"HINT: --total_batch_size {nearest} fits"
+        )
     )
 
 
 def open_shards(data_dir, split: str, manifest: dict | None) -> tuple[list[Path], list[np.ndarray]]:
-    """(paths, tokens) of the shards of a split: those of the manifest, or without one all .npy and .bin files. Raises
-    UserError if there are none, with the command that makes them."""
+    """(paths, tokens) of the shards of a split: those of the manifest, or without one all .npy and
+    .bin files. Raises UserError if there are none, with the command that makes them."""
     if manifest:
         listed = {Path(data_dir) / shard["file"]: shard["tokens"] for shard in manifest["shards"]}
     else:  # shards from elsewhere
-        listed = {path: None for path in sorted(Path(data_dir).glob("*")) if path.suffix in (".npy", ".bin")}
+        listed = {
+            path: None
+            for path in sorted(Path(data_dir).glob("*"))
+            if path.suffix in (".npy", ".bin")
+        }
     paths = [path for path in listed if split in path.name]
     if not paths:
-        flags = {DATA_DIR: "", DEMO_DATA_DIR: " --preset demo"}.get(str(data_dir), f" --data_dir {data_dir}")
-        raise UserError(f"there are no {split} shards in {data_dir}: `python data_generator.py{flags}` makes them")
+        flags = {DATA_DIR: "", DEMO_DATA_DIR: " --preset demo"}.get(
+            str(data_dir), f" --data_dir {data_dir}"
+        )
+        raise UserError(
+            f"there are no {split} shards in {data_dir}: `python data_generator.py{flags}` makes them"
+        )
     return paths, [open_shard(path, listed[path]) for path in paths]

@@ -7,8 +7,8 @@
     python tests/bench.py checkpoint                  saving the state of 124M
     python tests/bench.py gpu                         all that is to be known of a GPU, on one page, in under 9 minutes
 
-The baselines are written as the well-known scripts do it. Ours and theirs take turns; the medians are compared, for
-training steps the best rounds' medians.
+The baselines are written as the well-known scripts do it. Ours and theirs take turns; the medians
+are compared, for training steps the best rounds' medians.
 """
 
 import argparse
@@ -63,10 +63,16 @@ def machine() -> str:
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+        lines = (
+            Path("/proc/cpuinfo").read_text().splitlines()
+            if os.path.exists("/proc/cpuinfo")
+            else []
+        )
         models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         fast = "with" if Ranks("cpu").precision("auto") == "bfloat16" else "without"
-        name = f"{models[0] if models else 'CPU'}, {torch.get_num_threads()} threads, {fast} bfloat16"
+        name = (
+            f"{models[0] if models else 'CPU'}, {torch.get_num_threads()} threads, {fast} bfloat16"
+        )
     return f"{name}; torch {torch.__version__}, Python {platform.python_version()}"
 
 
@@ -83,8 +89,14 @@ def wait() -> float:
 
 
 def in_a_process(part: str, **options) -> dict:
-    """A part of this file in a process of its own: what it prints last, as JSON; None if it fails."""
-    words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+    """A part of this file in a process of its own: what it prints last, as JSON; None if it
+    fails."""
+    words = [
+        word
+        for name, value in options.items()
+        if value is not None
+        for word in (f"--{name}", str(value))
+    ]
     done = subprocess.run([sys.executable, __file__, part, *words], capture_output=True, text=True)
     if done.returncode:
         print(done.stderr[-2000:], file=sys.stderr)
@@ -99,7 +111,9 @@ def documents(n: int) -> list[str]:
     """English of FineWeb-Edu's lengths: log-normal, 5,000 characters on average."""
     text = " ".join(data_generator.pydoc_documents())
     random = np.random.default_rng(0)
-    lengths = np.minimum(np.exp(random.normal(np.log(5000) - 0.5, 1.0, n)).astype(int) + 1, len(text) // 2)
+    lengths = np.minimum(
+        np.exp(random.normal(np.log(5000) - 0.5, 1.0, n)).astype(int) + 1, len(text) // 2
+    )
     starts = random.integers(0, len(text) - lengths)
     return [text[start : start + length] for start, length in zip(starts, lengths, strict=True)]
 
@@ -117,7 +131,9 @@ def bench_data(options) -> None:
     size, tokens, seconds = sum(map(len, texts)) / 1e6, 0, {"plain pool": [], "ours": []}
     with (
         multiprocessing.Pool(2, get_tokenizer, ("gpt2",)) as plain,
-        data_generator.concurrent.futures.ProcessPoolExecutor(2, None, data_generator.start_worker, ("gpt2",)) as pool,
+        data_generator.concurrent.futures.ProcessPoolExecutor(
+            2, None, data_generator.start_worker, ("gpt2",)
+        ) as pool,
         tempfile.TemporaryDirectory() as directory,
     ):
         plain.map(encode_plainly, ["warm"] * 8)
@@ -127,11 +143,19 @@ def bench_data(options) -> None:
             tokens = sum(len(array) for array in plain.imap(encode_plainly, texts, chunksize=16))
             seconds["plain pool"].append(time.perf_counter() - start)
             start = time.perf_counter()
-            batches = ((texts[i : i + data_generator.BATCH], i) for i in range(0, len(texts), data_generator.BATCH))
-            assert tokens == sum(len(array) for array, _ in data_generator.tokenized(batches, pool, directory, 4))
+            batches = (
+                (texts[i : i + data_generator.BATCH], i)
+                for i in range(0, len(texts), data_generator.BATCH)
+            )
+            assert tokens == sum(
+                len(array) for array, _ in data_generator.tokenized(batches, pool, directory, 4)
+            )
             seconds["ours"].append(time.perf_counter() - start)
     medians = [statistics.median(s) for s in seconds.values()]
-    rows = [[name, f"{tokens / s:,.0f}", f"{size / s:.1f}"] for name, s in zip(seconds, medians, strict=True)]
+    rows = [
+        [name, f"{tokens / s:,.0f}", f"{size / s:.1f}"]
+        for name, s in zip(seconds, medians, strict=True)
+    ]
     title = f"Tokenizing {size:.0f} MB in documents of {1e6 * size / len(texts):,.0f} characters on 2 processes"
     table(title, ["", "tokens/s", "MB/s"], *rows, ["ratio", f"{medians[0] / medians[1]:.2f}x", ""])
 
@@ -142,15 +166,28 @@ def bench_data(options) -> None:
         rows = []
         for name in ("plain", "ours", "ours, --shuffle"):
             figures = in_a_process("load", which=name, data=directory)
-            rows.append([name, f"{figures['rate']:,.0f}", f"{figures['memory']:.0f} MB", f"{figures['first']:.3f} s"])
-        table("Loading, B=64, T=1024", ["", "tokens/s", "memory of its own", "first batch after"], *rows)
+            rows.append(
+                [
+                    name,
+                    f"{figures['rate']:,.0f}",
+                    f"{figures['memory']:.0f} MB",
+                    f"{figures['first']:.3f} s",
+                ]
+            )
+        table(
+            "Loading, B=64, T=1024",
+            ["", "tokens/s", "memory of its own", "first batch after"],
+            *rows,
+        )
 
 
 def part_load(options) -> dict:
     """One loader in a process of its own, so that its memory can be told."""
 
     def own() -> float:
-        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024 / 1e6
+        return (
+            int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024 / 1e6
+        )
 
     before, start, B, T = own(), time.perf_counter(), 64, 1024
     if options.which.startswith("ours"):
@@ -169,10 +206,17 @@ def part_load(options) -> dict:
         batches = plain()
     next(batches)
     first = time.perf_counter() - start
-    start, n = time.perf_counter(), 1525 * (1 if "--shuffle" in options.which else 4)  # batches of a shard
+    start, n = (
+        time.perf_counter(),
+        1525 * (1 if "--shuffle" in options.which else 4),
+    )  # batches of a shard
     for x, y in itertools.islice(batches, n):
         assert x[0, 1] == y[0, 0]
-    return {"rate": n * B * T / (time.perf_counter() - start), "memory": own() - before, "first": first}
+    return {
+        "rate": n * B * T / (time.perf_counter() - start),
+        "memory": own() - before,
+        "first": first,
+    }
 
 
 # ---- training ----
@@ -222,9 +266,13 @@ def part_step(options) -> dict:
     torch.manual_seed(1337)
     with tempfile.TemporaryDirectory() as directory:
         top = min(50257, config.vocab_size)
-        tokens = np.random.default_rng(0).integers(0, top, (options.steps + 3) * B * T, dtype=np.uint16)
+        tokens = np.random.default_rng(0).integers(
+            0, top, (options.steps + 3) * B * T, dtype=np.uint16
+        )
         np.save(Path(directory) / "train_0.npy", tokens)
-        raw = {"ours": GPT, "plain": PlainGPT, "transformers": TransformersGPT}[options.which](config).to(on)
+        raw = {"ours": GPT, "plain": PlainGPT, "transformers": TransformersGPT}[options.which](
+            config
+        ).to(on)
         raw.recompute = bool(options.recompute)
         if ours:
             optimizer = raw.configure_optimizers(0.1, 6e-4)
@@ -232,7 +280,10 @@ def part_step(options) -> dict:
             batches = (batch for step in range(options.steps + 1) for batch in loader.batches(step))
         else:
             groups = [
-                {"params": [p for p in raw.parameters() if (p.dim() == 2) == decays], "weight_decay": decays * 0.1}
+                {
+                    "params": [p for p in raw.parameters() if (p.dim() == 2) == decays],
+                    "weight_decay": decays * 0.1,
+                }
                 for decays in (1, 0)
             ]
             fused = options.which == "transformers"
@@ -266,11 +317,14 @@ def part_step(options) -> dict:
 
 
 def measure(variants: dict[str, dict], size: str, steps: int, rounds: int, dtype: str) -> None:
-    """A table of training variants, {name: options of `step`}; the last column compares them with the first one."""
+    """A table of training variants, {name: options of `step`}; the last column compares them with
+    the first one."""
     results = {name: [] for name in variants}
     for _ in range(rounds):
         for name, options in variants.items():
-            results[name].append(in_a_process("step", size=size, steps=steps, **{"dtype": dtype} | options))
+            results[name].append(
+                in_a_process("step", size=size, steps=steps, **{"dtype": dtype} | options)
+            )
     config, _, T = SIZES[size]
     peak = metrics.peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     rows, base = [], None
@@ -278,11 +332,23 @@ def measure(variants: dict[str, dict], size: str, steps: int, rounds: int, dtype
         if None in runs:
             rows.append([name, "failed", "", "", "", "", ""])
             continue
-        ms, memory, first = (min(run[key] for run in runs) for key in ("ms", "peak", "first"))  # noise only adds
+        ms, memory, first = (
+            min(run[key] for run in runs) for key in ("ms", "peak", "first")
+        )  # noise only adds
         base = base or ms
         rate = runs[0]["tokens"] / ms * 1000
         mfu = f"{rate * metrics.flops_per_token(config, T) / peak:.1%}" if peak else "-"
-        rows.append([name, f"{rate:,.0f}", f"{ms:.1f}", mfu, f"{memory:.2f} GB", f"{first:.1f} s", f"{base / ms:.2f}x"])
+        rows.append(
+            [
+                name,
+                f"{rate:,.0f}",
+                f"{ms:.1f}",
+                mfu,
+                f"{memory:.2f} GB",
+                f"{first:.1f} s",
+                f"{base / ms:.2f}x",
+            ]
+        )
     head = ["", "tokens/s", "ms/step", "MFU", "peak memory", "first step after", "speed"]
     table(f"Training, {size}, B={SIZES[size][1]}, T={T}, SDPA: {attention_backend()}", head, *rows)
 
@@ -290,17 +356,32 @@ def measure(variants: dict[str, dict], size: str, steps: int, rounds: int, dtype
 def bench_train(options) -> None:
     compiled = "default" if options.compile else None
     names = ("plain", "transformers", "ours")
-    dtypes = ["float32"] + ["bfloat16"] * (Ranks("cpu").precision("auto") == "bfloat16" and options.size != "small")
-    variants = {f"{n}, {d}": {"which": n, "dtype": d, "compile": compiled} for d in dtypes for n in names}
+    dtypes = ["float32"] + ["bfloat16"] * (
+        Ranks("cpu").precision("auto") == "bfloat16" and options.size != "small"
+    )
+    variants = {
+        f"{n}, {d}": {"which": n, "dtype": d, "compile": compiled} for d in dtypes for n in names
+    }
     measure(variants, options.size, options.steps, options.rounds, "float32")
 
 
 def attention_backend() -> str:
     """Which implementation scaled_dot_product_attention takes here."""
-    q = torch.randn(1, 2, 64, 64, device=device(), dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    q = torch.randn(
+        1,
+        2,
+        64,
+        64,
+        device=device(),
+        dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+    )
     with torch.profiler.profile() as profile:
         F.scaled_dot_product_attention(q, q, q, is_causal=True)
-    names = [event.name for event in profile.events() if event.name.startswith("aten::_scaled_dot_product_")]
+    names = [
+        event.name
+        for event in profile.events()
+        if event.name.startswith("aten::_scaled_dot_product_")
+    ]
     return names[0].removeprefix("aten::_scaled_dot_product_") if names else "math"
 
 
@@ -316,15 +397,25 @@ def made_up_examples(n: int) -> list[dict]:
     def words(low, high):
         return " ".join(random.choice(WORDS, random.integers(low, high)))
 
-    return [{"ctx": words(10, 80), "endings": [words(5, 40) for _ in range(4)], "label": i % 4} for i in range(n)]
+    return [
+        {"ctx": words(10, 80), "endings": [words(5, 40) for _ in range(4)], "label": i % 4}
+        for i in range(n)
+    ]
 
 
 def word_tokenizer() -> tiktoken.Encoding:
-    """One token for each of WORDS, so that no vocabulary must be fetched; its head is as wide as GPT-2's."""
-    tokens = [bytes([byte]) for byte in range(256)] + [f" {word}".encode() for word in sorted(set(WORDS), key=len)]
-    pieces = {piece[:end] for piece in tokens[256:] for end in range(2, len(piece) + 1)}  # BPE joins them bit by bit
+    """One token for each of WORDS, so that no vocabulary must be fetched; its head is as wide as
+    GPT-2's."""
+    tokens = [bytes([byte]) for byte in range(256)] + [
+        f" {word}".encode() for word in sorted(set(WORDS), key=len)
+    ]
+    pieces = {
+        piece[:end] for piece in tokens[256:] for end in range(2, len(piece) + 1)
+    }  # BPE joins them bit by bit
     ranks = {token: rank for rank, token in enumerate([*tokens[:256], *sorted(pieces, key=len)])}
-    return tiktoken.Encoding("words", pat_str=r" ?\w+|\s", mergeable_ranks=ranks, special_tokens={"end": 50256})
+    return tiktoken.Encoding(
+        "words", pat_str=r" ?\w+|\s", mergeable_ranks=ranks, special_tokens={"end": 50256}
+    )
 
 
 @torch.no_grad()
@@ -332,7 +423,10 @@ def plain_losses(model, examples, encoding) -> np.ndarray:
     """One example at a time, four padded rows, all logits, as the ancestors do it."""
     out = []
     for example in examples:
-        rows = [(encoding.encode(example["ctx"]), encoding.encode(" " + ending)) for ending in example["endings"]]
+        rows = [
+            (encoding.encode(example["ctx"]), encoding.encode(" " + ending))
+            for ending in example["endings"]
+        ]
         longest = max(len(context) + len(ending) for context, ending in rows)
         tokens, mask = torch.zeros(4, longest, dtype=torch.long), torch.zeros(4, longest)
         for i, (context, ending) in enumerate(rows):
@@ -340,7 +434,9 @@ def plain_losses(model, examples, encoding) -> np.ndarray:
             mask[i, len(context) : len(context) + len(ending)] = 1
         tokens, mask = tokens.to(device()), mask.to(device())
         logits = model(tokens)[0]
-        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(4, -1)
+        losses = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+        ).view(4, -1)
         out.append((losses * mask[:, 1:]).sum(1).tolist())
     return np.array(out)
 
@@ -355,20 +451,29 @@ def bench_hellaswag(options) -> None:
         reference = plain_losses(model, examples, encoding)
         seconds["one at a time"].append(wait() - start)
         start = wait()
-        questions = hellaswag.prepare(examples, encoding, "completion", 1024, hellaswag.token_budget(device()))
+        questions = hellaswag.prepare(
+            examples, encoding, "completion", 1024, hellaswag.token_budget(device())
+        )
         ours = hellaswag.losses(model, questions)
         seconds["ours"].append(wait() - start)
         padding = np.abs(ours - reference).max() / reference.max()
-        assert padding < 0.01, padding  # the reference's softmax has the rows that pad the vocabulary
+        assert padding < 0.01, (
+            padding
+        )  # the reference's softmax has the rows that pad the vocabulary
     medians = [statistics.median(s) for s in seconds.values()]
-    rows = [[name, f"{n:.2f} s", f"{options.examples / n:.1f}"] for name, n in zip(seconds, medians, strict=True)]
+    rows = [
+        [name, f"{n:.2f} s", f"{options.examples / n:.1f}"]
+        for name, n in zip(seconds, medians, strict=True)
+    ]
     table(f"HellaSwag, {options.size}, {options.examples} examples", ["", "time", "examples/s"], *rows,
           ["ratio", f"{medians[0] / medians[1]:.2f}x", ""])  # fmt: skip
 
 
 @torch.no_grad()
 def bench_sample(options) -> None:
-    model = GPT(SIZES[options.size][0] if options.size == "small-gpu" else GPTConfig(vocab_size=50304))
+    model = GPT(
+        SIZES[options.size][0] if options.size == "small-gpu" else GPTConfig(vocab_size=50304)
+    )
     model = model.to(device()).eval()
     idx = torch.randint(50257, (1, 16), device=device())
     stamps = [wait()]
@@ -382,8 +487,14 @@ def bench_sample(options) -> None:
         model(window)[0][:, -1].softmax(-1)
         plain.append(wait() - start)
     recomputed = statistics.median(plain)
-    rows = [[f"cached, around {at}", f"{1000 * s:.1f}"] for at, s in ((10, near), (512, middle), (1000, far))]
-    rows += [["recomputed, at 512", f"{1000 * recomputed:.1f}"], ["ratio at 512", f"{recomputed / middle:.1f}x"]]
+    rows = [
+        [f"cached, around {at}", f"{1000 * s:.1f}"]
+        for at, s in ((10, near), (512, middle), (1000, far))
+    ]
+    rows += [
+        ["recomputed, at 512", f"{1000 * recomputed:.1f}"],
+        ["ratio at 512", f"{recomputed / middle:.1f}x"],
+    ]
     table("Generating a token, 124M", ["", "ms"], *rows)
 
 
@@ -393,7 +504,12 @@ def bench_checkpoint(options) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer.step()
-    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": model.config, "step": 0}
+    content = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "config": model.config,
+        "step": 0,
+    }
     seconds = {"bare torch.save + fsync": [], "ours, verified": []}
     with tempfile.TemporaryDirectory(dir=options.data) as directory:
 
@@ -412,25 +528,32 @@ def bench_checkpoint(options) -> None:
 
         both = [("bare torch.save + fsync", save_bare), ("ours, verified", save_ours)]
         for round_ in range(2 * options.rounds + 3):
-            for name, save in both if round_ % 2 else both[::-1]:  # what the disk still has to do falls on both
+            for name, save in (
+                both if round_ % 2 else both[::-1]
+            ):  # what the disk still has to do falls on both
                 os.sync()
                 start = time.perf_counter()
                 save(round_)
-                if round_ > 2:  # before, the kernel meets the memory of its file cache for the first time
+                if (
+                    round_ > 2
+                ):  # before, the kernel meets the memory of its file cache for the first time
                     seconds[name].append(time.perf_counter() - start)
                 if save == save_bare:  # it keeps two files as ours does, but is not timed for it
                     bare(round_ - 2).unlink(missing_ok=True)
         size = bare(round_).stat().st_size / 1e9
     medians = [statistics.median(s) for s in seconds.values()]
     rows = [[name, f"{n:.2f} s"] for name, n in zip(seconds, medians, strict=True)]
-    table(f"Saving {size:.2f} GB", ["", "time"], *rows, ["ratio", f"{medians[1] / medians[0]:.2f}x"])
+    table(
+        f"Saving {size:.2f} GB", ["", "time"], *rows, ["ratio", f"{medians[1] / medians[0]:.2f}x"]
+    )
 
 
 # ---- a GPU, on one page ----
 
 
 def part_parity(options) -> dict:
-    """Loss and gradients of the compiled bf16 step against eager fp32, whose micro-batches are small."""
+    """Loss and gradients of the compiled bf16 step against eager fp32, whose micro-batches are
+    small."""
     config, B, T = SIZES[options.size]
     torch.manual_seed(1337)
     model = GPT(config).cuda()
@@ -443,9 +566,14 @@ def part_parity(options) -> dict:
     reference = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        loss = torch.compile(model, dynamic=False)(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())[1]
+        loss = torch.compile(model, dynamic=False)(
+            idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
+        )[1]
     loss.backward()
-    worst = max((p.grad - reference[n]).norm().item() / reference[n].norm().item() for n, p in model.named_parameters())
+    worst = max(
+        (p.grad - reference[n]).norm().item() / reference[n].norm().item()
+        for n, p in model.named_parameters()
+    )
     return {"loss": abs(loss.item() - exact), "gradient": worst}
 
 
@@ -453,25 +581,51 @@ def write_random_shards(directory: Path, lengths: dict[str, int]) -> None:
     """Bytes, so that no vocabulary must be fetched."""
     directory.mkdir()
     for split, n in lengths.items():
-        np.save(directory / f"{split}_0.npy", np.random.default_rng(0).integers(0, 256, n, dtype=np.uint16))
-    shards = [{"file": f"{split}_0.npy", "tokens": n, "documents": 1, "sha256": split} for split, n in lengths.items()]
-    manifest = {"dataset": "random", "name": None, "revision": None, "tokenizer": "bytes", "vocab_size": 257}
-    (directory / "manifest.json").write_text(json.dumps(manifest | {"shards": shards, "complete": True}))
+        np.save(
+            directory / f"{split}_0.npy",
+            np.random.default_rng(0).integers(0, 256, n, dtype=np.uint16),
+        )
+    shards = [
+        {"file": f"{split}_0.npy", "tokens": n, "documents": 1, "sha256": split}
+        for split, n in lengths.items()
+    ]
+    manifest = {
+        "dataset": "random",
+        "name": None,
+        "revision": None,
+        "tokenizer": "bytes",
+        "vocab_size": 257,
+    }
+    (directory / "manifest.json").write_text(
+        json.dumps(manifest | {"shards": shards, "complete": True})
+    )
 
 
 def bench_resume(options) -> None:
-    """Losses of a run, and of the same run stopped half-way and continued, as they stand in their logs."""
+    """Losses of a run, and of the same run stopped half-way and continued, as they stand in their
+    logs."""
     config, B, T = SIZES[options.size]
     with tempfile.TemporaryDirectory() as directory:
         write_random_shards(Path(directory) / "data", {"val": B * T + 1, "train": 9 * B * T})
         words = f"--data_dir={directory}/data --batch_size={B} --seq_len={T} --total_batch_size={B * T} --max_lr=6e-4"
-        words += "".join(f" --{name}={value}" for name, value in vars(config).items()) + " --warmup_steps=2"
+        words += (
+            "".join(f" --{name}={value}" for name, value in vars(config).items())
+            + " --warmup_steps=2"
+        )
         words += f" --val_tokens={B * T} --val_every=4 --hellaswag_every=0 --sample_every=0 --save_every=4"
         logs = {}
         for name, ends in (("uninterrupted", [8]), ("stopped at 4", [4, 8])):
             for steps in ends:
-                command = [sys.executable, str(ROOT / "train.py"), *words.split(), f"--log_dir={directory}/{name}"]
-                command += ["--min_lr=6e-4", f"--max_steps={steps}"]  # constant, so that both have the same rates
+                command = [
+                    sys.executable,
+                    str(ROOT / "train.py"),
+                    *words.split(),
+                    f"--log_dir={directory}/{name}",
+                ]
+                command += [
+                    "--min_lr=6e-4",
+                    f"--max_steps={steps}",
+                ]  # constant, so that both have the same rates
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     print(done.stderr[-2000:], file=sys.stderr)
@@ -485,7 +639,10 @@ def bench_gpu(options) -> None:
     start = time.time()
     size = "small-gpu" if options.size == "small-gpu" else "124M-gpu"
     figures = in_a_process("parity", size=size) or {"loss": math.nan, "gradient": math.nan}
-    rows = [["loss", f"{figures['loss']:.2e}", "1e-2"], ["worst gradient", f"{figures['gradient']:.2e}", "5e-2"]]
+    rows = [
+        ["loss", f"{figures['loss']:.2e}", "1e-2"],
+        ["worst gradient", f"{figures['gradient']:.2e}", "5e-2"],
+    ]
     table(f"Compiled bf16 against eager fp32, {size}", ["", "difference", "bound"], *rows)
     compiled = {"which": "ours", "compile": "default"}
     variants = {
@@ -496,7 +653,10 @@ def bench_gpu(options) -> None:
         "ours, slices of 2^27 logits": compiled | {"slice": 2**27},
         "ours, --recompute": compiled | {"recompute": 1},
         "ours, --dtype float16": compiled | {"dtype": "float16"},
-        "ours, max-autotune-no-cudagraphs": {"which": "ours", "compile": "max-autotune-no-cudagraphs"},
+        "ours, max-autotune-no-cudagraphs": {
+            "which": "ours",
+            "compile": "max-autotune-no-cudagraphs",
+        },
     }
     measure(variants, size, options.steps, 1, "bfloat16")
     options.examples, options.rounds = 10_042 if size == "124M-gpu" else 100, 1
@@ -518,16 +678,33 @@ def evaluate_hellaswag(options) -> None:
     prepared = wait()
     with torch.autocast(device().type, dtype=torch.bfloat16):
         hellaswag.losses(model, questions)
-    rows = [["tokenizing, once in a run", f"{prepared - start:.1f} s"], ["scoring", f"{wait() - prepared:.1f} s"]]
-    table(f"HellaSwag, {len(examples):,} examples, {len(questions.batches)} batches", ["", "time"], *rows)
+    rows = [
+        ["tokenizing, once in a run", f"{prepared - start:.1f} s"],
+        ["scoring", f"{wait() - prepared:.1f} s"],
+    ]
+    table(
+        f"HellaSwag, {len(examples):,} examples, {len(questions.batches)} batches",
+        ["", "time"],
+        *rows,
+    )
 
 
 def main() -> None:
-    parts = {name: function for name, function in globals().items() if name.startswith(("bench_", "part_"))}
+    parts = {
+        name: function
+        for name, function in globals().items()
+        if name.startswith(("bench_", "part_"))
+    }
     choices = {name.partition("_")[2]: function for name, function in parts.items()}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    benchmarks = ",".join(name.removeprefix("bench_") for name in parts if name.startswith("bench_"))
-    parser.add_argument("part", choices=choices, metavar=f"{{{benchmarks}}}")  # the other parts run below these
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    benchmarks = ",".join(
+        name.removeprefix("bench_") for name in parts if name.startswith("bench_")
+    )
+    parser.add_argument(
+        "part", choices=choices, metavar=f"{{{benchmarks}}}"
+    )  # the other parts run below these
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
@@ -535,7 +712,9 @@ def main() -> None:
     parser.add_argument("--compile", nargs="?", const="default", help="a mode of torch.compile")
     parser.add_argument("--data", default=None, help="directory to write to")
     for name in ("--which", "--dtype", "--slice", "--recompute"):
-        parser.add_argument(name, help=argparse.SUPPRESS, type=str if name in ("--which", "--dtype") else int)
+        parser.add_argument(
+            name, help=argparse.SUPPRESS, type=str if name in ("--which", "--dtype") else int
+        )
     options = parser.parse_args()
     if "TIKTOKEN_CACHE_DIR" not in os.environ and options.part in ("data", "hellaswag"):
         import conftest

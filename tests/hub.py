@@ -1,9 +1,11 @@
-"""A server on this machine that speaks the Hub's protocol: downloads of repositories, uploads of folders, and faults.
+"""A server on this machine that speaks the Hub's protocol: downloads of repositories, uploads of
+folders, and faults.
 
     with Hub({"datasets/org/name": {"README.md": b"..."}}) as hub:
         subprocess.run(..., env={"HF_ENDPOINT": hub.url})
 
-hub.faults is a list of functions (handler, path) -> True if they answered the request in their own way.
+hub.faults is a list of functions (handler, path) -> True if they answered the request in their own
+way.
 """
 
 import base64
@@ -19,9 +21,13 @@ TOKENS = {"hf_goodtoken": "write", "hf_readtoken": "read"}
 
 class Hub:
     def __init__(self, repositories: dict[str, dict[str, bytes]] | None = None):
-        self.repositories = repositories or {}  # "gpt2" for a model, "datasets/org/name" for a data set
+        self.repositories = (
+            repositories or {}
+        )  # "gpt2" for a model, "datasets/org/name" for a data set
         self.private, self.requests, self.faults, self.large = {}, [], [], {}
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
+        self.server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self})
+        )
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -42,7 +48,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, status, body=b"", headers=None):
         if isinstance(body, dict | list):
-            body, headers = json.dumps(body).encode(), {"Content-Type": "application/json"} | (headers or {})
+            body, headers = (
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json"} | (headers or {}),
+            )
         self.send_response(status)
         for name, value in ({"Content-Length": len(body)} | (headers or {})).items():
             self.send_header(name, str(value))
@@ -63,7 +72,10 @@ class Handler(BaseHTTPRequestHandler):
         elif path.endswith(".git/info/lfs/objects/batch"):
             wanted = json.loads(body)["objects"]
             actions = {"upload": {"href": f"{self.hub.url}/large/OID"}}
-            objects = [o | {"actions": json.loads(json.dumps(actions).replace("OID", o["oid"]))} for o in wanted]
+            objects = [
+                o | {"actions": json.loads(json.dumps(actions).replace("OID", o["oid"]))}
+                for o in wanted
+            ]
             self.answer(200, {"transfer": "basic", "objects": objects})
         elif self.command == "PUT" and path.startswith("/large/"):
             self.hub.large[path.removeprefix("/large/")] = body
@@ -81,7 +93,11 @@ class Handler(BaseHTTPRequestHandler):
         if content is None:
             code = "EntryNotFound" if name in self.hub.repositories else "RepoNotFound"
             return self.answer(404, {"error": code}, {"X-Error-Code": code})
-        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {
+            "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
+            "X-Repo-Commit": COMMIT,
+            "Accept-Ranges": "bytes",
+        }
         wanted = self.headers.get("Range")
         if wanted:
             first, _, last = wanted.removeprefix("bytes=").partition("-")
@@ -96,7 +112,10 @@ class Handler(BaseHTTPRequestHandler):
         if path == "whoami-v2":
             if token not in TOKENS:
                 return self.answer(401, {"error": "Invalid credentials"})
-            auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": TOKENS[token]}}
+            auth = {
+                "type": "access_token",
+                "accessToken": {"displayName": "test", "role": TOKENS[token]},
+            }
             return self.answer(200, {"type": "user", "name": "someone", "orgs": [], "auth": auth})
         if path == "validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
@@ -106,7 +125,9 @@ class Handler(BaseHTTPRequestHandler):
             wanted = json.loads(body)
             name = "/".join(filter(None, (wanted.get("organization") or "someone", wanted["name"])))
             self.hub.repositories.setdefault(name, {})
-            self.hub.private.setdefault(name, wanted.get("private", wanted.get("visibility") == "private"))
+            self.hub.private.setdefault(
+                name, wanted.get("private", wanted.get("visibility") == "private")
+            )
             return self.answer(200, {"url": f"{self.hub.url}/{name}", "name": name, "id": name})
         kind, _, rest = path.partition("/")
         prefix = "datasets/" if kind == "datasets" else ""
@@ -120,10 +141,22 @@ class Handler(BaseHTTPRequestHandler):
 
     def revision(self, name, revision, body):
         if revision not in ("main", COMMIT):
-            return self.answer(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
+            return self.answer(
+                404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"}
+            )
         files = [{"rfilename": file} for file in self.hub.repositories[name]]
         id = name.removeprefix("datasets/")
-        self.answer(200, {"id": id, "sha": COMMIT, "siblings": files, "private": False, "tags": [], "downloads": 0})
+        self.answer(
+            200,
+            {
+                "id": id,
+                "sha": COMMIT,
+                "siblings": files,
+                "private": False,
+                "tags": [],
+                "downloads": 0,
+            },
+        )
 
     def entry(self, name, path):
         files = self.hub.repositories[name]
@@ -137,14 +170,20 @@ class Handler(BaseHTTPRequestHandler):
     def tree(self, name, argument, body):
         folder = argument.partition("/")[2]
         recursive = "recursive=true" in self.path.lower()
-        inside = [file for file in self.hub.repositories[name] if not folder or file.startswith(folder + "/")]
+        inside = [
+            file
+            for file in self.hub.repositories[name]
+            if not folder or file.startswith(folder + "/")
+        ]
         if folder and not inside:
             return self.answer(404, {"error": "not found"}, {"X-Error-Code": "EntryNotFound"})
         depth = folder.count("/") + 1 if folder else 0
         paths = dict.fromkeys("/".join(file.split("/")[: depth + 1]) for file in inside)
         if recursive:
             paths = dict.fromkeys(
-                "/".join(file.split("/")[:n]) for file in inside for n in range(depth + 1, file.count("/") + 2)
+                "/".join(file.split("/")[:n])
+                for file in inside
+                for n in range(depth + 1, file.count("/") + 2)
             )
         self.answer(200, [self.entry(name, path) for path in paths])
 
@@ -153,7 +192,9 @@ class Handler(BaseHTTPRequestHandler):
             paths = json.loads(body)["paths"]
         else:
             paths = urllib.parse.parse_qs(body.decode())["paths"]
-        entries = [self.entry(name, path) for path in ([paths] if isinstance(paths, str) else paths)]
+        entries = [
+            self.entry(name, path) for path in ([paths] if isinstance(paths, str) else paths)
+        ]
         self.answer(200, [entry for entry in entries if entry])
 
     def preupload(self, name, argument, body):
@@ -174,7 +215,18 @@ class Handler(BaseHTTPRequestHandler):
         for line in body.splitlines():
             item = json.loads(line)
             if item["key"] == "file":
-                self.hub.repositories[name][item["value"]["path"]] = base64.b64decode(item["value"]["content"])
+                self.hub.repositories[name][item["value"]["path"]] = base64.b64decode(
+                    item["value"]["content"]
+                )
             if item["key"] == "lfsFile":
-                self.hub.repositories[name][item["value"]["path"]] = self.hub.large[item["value"]["oid"]]
-        self.answer(200, {"commitUrl": f"{self.hub.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT, "hookOutput": ""})
+                self.hub.repositories[name][item["value"]["path"]] = self.hub.large[
+                    item["value"]["oid"]
+                ]
+        self.answer(
+            200,
+            {
+                "commitUrl": f"{self.hub.url}/{name}/commit/{COMMIT}",
+                "commitOid": COMMIT,
+                "hookOutput": "",
+            },
+        )

@@ -1,17 +1,18 @@
-"""Which recipe reaches the final loss of GPT-2's own (A) in the fewest tokens? An experiment on two CPU cores.
+"""Which recipe reaches the final loss of GPT-2's own (A) in the fewest tokens? An experiment on two
+CPU cores.
 
     python tests/recipe.py /tmp/recipe          runs what is missing in tests/recipe.json, then draws tests/recipe.png
 
-A GPT of 4 layers x 128 learns bytes of Python sources (of the standard library and the installed packages; each is
-read once) in 500 steps of 4,096 tokens by one of four recipes:
+A GPT of 4 layers x 128 learns bytes of Python sources (of the standard library and the installed
+packages; each is read once) in 500 steps of 4,096 tokens by one of four recipes:
 
     A  AdamW, cosine to a tenth of the learning rate: GPT-2's, as train.py has it by default
     B  AdamW, constant, and in the second half linear to zero
     C  Muon for the matrices of the blocks, c_attn as one matrix; the schedule is B's
     D  Muon, with q, k and v as three matrices; the schedule is B's
 
-Each has its own learning rate, the best of a grid that goes on until the best lies inside; then three other seeds at
-that rate; then the best recipe in fewer steps, each run with its own decay.
+Each has its own learning rate, the best of a grid that goes on until the best lies inside; then
+three other seeds at that rate; then the best recipe in fewer steps, each run with its own decay.
 """
 
 import hashlib
@@ -32,15 +33,32 @@ sys.path.insert(0, str(ROOT))
 RESULTS, PICTURE = ROOT / "tests" / "recipe.json", ROOT / "tests" / "recipe.png"
 STEPS, TOKENS_PER_STEP, WARMUP = 500, 4096, 25
 GRID, SEEDS = (1.5e-3, 3e-3, 6e-3, 1.2e-2), (1, 2, 3)
-SHARES = {0.25: SEEDS, 0.15: SEEDS, 0.5: SEEDS, 0.66: SEEDS[:1], 0.8: SEEDS[:1]}  # of A's steps: which seeds
-NAMES = {"A": "AdamW, cosine", "B": "AdamW, linear to 0", "C": "Muon, QKV whole", "D": "Muon, q, k, v apart"}
+SHARES = {
+    0.25: SEEDS,
+    0.15: SEEDS,
+    0.5: SEEDS,
+    0.66: SEEDS[:1],
+    0.8: SEEDS[:1],
+}  # of A's steps: which seeds
+NAMES = {
+    "A": "AdamW, cosine",
+    "B": "AdamW, linear to 0",
+    "C": "Muon, QKV whole",
+    "D": "Muon, q, k, v apart",
+}
 LINEAR = ["--schedule=linear", "--min_lr=0"]
-ARMS = {"A": [], "B": LINEAR, "C": [*LINEAR, "--optimizer=muon"], "D": [*LINEAR, "--optimizer=muon"]}
+ARMS = {
+    "A": [],
+    "B": LINEAR,
+    "C": [*LINEAR, "--optimizer=muon"],
+    "D": [*LINEAR, "--optimizer=muon"],
+}
 MODEL = "--n_layer=4 --n_head=4 --n_embd=128 --seq_len=128 --batch_size=16 --total_batch_size=4096".split()
 
 
 def write_data(directory: Path) -> None:
-    """Shards of bytes: sources of the installed packages, shuffled, none longer than 50 KB, each once."""
+    """Shards of bytes: sources of the installed packages, shuffled, none longer than 50 KB, each
+    once."""
     import data_generator
 
     texts = {}
@@ -53,17 +71,42 @@ def write_data(directory: Path) -> None:
     texts = list(texts.values())
     random.Random(1337).shuffle(texts)
     directory.mkdir(parents=True)
-    (directory / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:6000]))
-    words = ["--dataset", str(directory / "texts.jsonl"), "--data_dir", str(directory / "data"), "--tokenizer=bytes"]
+    (directory / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts[:6000])
+    )
+    words = [
+        "--dataset",
+        str(directory / "texts.jsonl"),
+        "--data_dir",
+        str(directory / "data"),
+        "--tokenizer=bytes",
+    ]
     assert data_generator.main([*words, "--shard_size=1000000", "--max_tokens=12000000"]) == 0
 
 
 def run(arm: str, lr: float, seed: int, steps: int, directory: Path) -> dict:
     """One finished run, in a process of its own with one thread."""
     log_dir = directory / f"{arm}-{lr:g}-{seed}-{steps}"
-    schedule = [f"--max_steps={steps}", f"--warmup_steps={WARMUP}", f"--max_lr={lr}", f"--min_lr={lr / 10}", *ARMS[arm]]
-    words = [*MODEL, *schedule, f"--seed={seed}", f"--data_dir={directory / 'data'}", f"--log_dir={log_dir}"]
-    words += [f"--val_every={steps}", "--val_tokens=524288", "--hellaswag_every=0", "--sample_every=0"]
+    schedule = [
+        f"--max_steps={steps}",
+        f"--warmup_steps={WARMUP}",
+        f"--max_lr={lr}",
+        f"--min_lr={lr / 10}",
+        *ARMS[arm],
+    ]
+    words = [
+        *MODEL,
+        *schedule,
+        f"--seed={seed}",
+        f"--data_dir={directory / 'data'}",
+        f"--log_dir={log_dir}",
+    ]
+    words += [
+        f"--val_every={steps}",
+        "--val_tokens=524288",
+        "--hellaswag_every=0",
+        "--sample_every=0",
+    ]
     words += ["--save_every=0", "--device=cpu", "--dtype=float32"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, __file__, "one", arm, *words]
@@ -71,8 +114,17 @@ def run(arm: str, lr: float, seed: int, steps: int, directory: Path) -> dict:
     assert done.returncode == 0, done.stderr
     log = [line.split() for line in (log_dir / "log.txt").read_text().splitlines()]
     loss = [float(value) for _, stream, value in log if stream == "val"][-1]
-    cpu_seconds = float(done.stdout.splitlines()[-1])  # one thread: the wall-clock of a machine that does nothing else
-    return {"arm": arm, "lr": lr, "seed": seed, "steps": steps, "val_loss": loss, "cpu_seconds": round(cpu_seconds)}
+    cpu_seconds = float(
+        done.stdout.splitlines()[-1]
+    )  # one thread: the wall-clock of a machine that does nothing else
+    return {
+        "arm": arm,
+        "lr": lr,
+        "seed": seed,
+        "steps": steps,
+        "val_loss": loss,
+        "cpu_seconds": round(cpu_seconds),
+    }
 
 
 def one(arm: str, *words: str) -> int:
@@ -84,7 +136,11 @@ def one(arm: str, *words: str) -> int:
 
     def together(matrices):
         n, C, _ = matrices.shape
-        return apart(matrices) if n != 3 * 4 else 3**0.5 * apart(matrices.view(4, 3 * C, C)).view(n, C, C)
+        return (
+            apart(matrices)
+            if n != 3 * 4
+            else 3**0.5 * apart(matrices.view(4, 3 * C, C)).view(n, C, C)
+        )
 
     if arm == "C":
         GPT_Modules.orthogonalize = together
@@ -102,14 +158,18 @@ class Experiment:
         """Run what is missing of (arm, lr, seed, steps), two at a time."""
         there = {(r["arm"], r["lr"], r["seed"], r["steps"]) for r in self.runs}
         with ThreadPoolExecutor(2) as pool:
-            for result in pool.map(lambda job: run(*job, self.directory), [job for job in wanted if job not in there]):
+            for result in pool.map(
+                lambda job: run(*job, self.directory), [job for job in wanted if job not in there]
+            ):
                 self.runs.append(result)
                 print(result, flush=True)
                 self.write({})
 
     def losses(self, arm, lr=None, seeds=SEEDS, steps=STEPS) -> dict:
         """{(lr, seed): loss} of the runs of an arm."""
-        chosen = [r for r in self.runs if r["arm"] == arm and r["steps"] == steps and r["seed"] in seeds]
+        chosen = [
+            r for r in self.runs if r["arm"] == arm and r["steps"] == steps and r["seed"] in seeds
+        ]
         return {(r["lr"], r["seed"]): r["val_loss"] for r in chosen if lr in (None, r["lr"])}
 
     def best_lr(self, arm: str) -> float:
@@ -127,10 +187,13 @@ class Experiment:
         return statistics.mean(self.losses(arm, lr, steps=steps).values())
 
     def mean_seconds(self, arm) -> float:
-        return statistics.mean(r["cpu_seconds"] for r in self.runs if r["arm"] == arm and r["steps"] == STEPS)
+        return statistics.mean(
+            r["cpu_seconds"] for r in self.runs if r["arm"] == arm and r["steps"] == STEPS
+        )
 
     def tokens_to_reach(self, loss: float, arm: str, lr: float, seed: int) -> float:
-        """Tokens at which the arm's finished runs of this seed reach a loss, on the line between the nearest two."""
+        """Tokens at which the arm's finished runs of this seed reach a loss, on the line between
+        the nearest two."""
         mine = [r for r in self.runs if (r["arm"], r["lr"], r["seed"]) == (arm, lr, seed)]
         runs = sorted((r["steps"], r["val_loss"]) for r in mine)
         for (fewer, above), (more, below) in itertools.pairwise(runs):
@@ -146,13 +209,25 @@ class Experiment:
         for arm in ARMS:
             points = sorted((lr, loss) for (lr, _), loss in self.losses(arm, seeds=(0,)).items())
             left.plot(*zip(*points, strict=True), "o-", label=NAMES[arm])
-        left.set(xscale="log", xlabel="learning rate", ylabel="final validation loss (nats per byte)")
+        left.set(
+            xscale="log", xlabel="learning rate", ylabel="final validation loss (nats per byte)"
+        )
         reference = self.losses("A", best["A"]).values()
-        right.axhline(statistics.mean(reference), color="tab:blue", linestyle="--", label=f"{NAMES['A']}, all tokens")
+        right.axhline(
+            statistics.mean(reference),
+            color="tab:blue",
+            linestyle="--",
+            label=f"{NAMES['A']}, all tokens",
+        )
         right.axhspan(min(reference), max(reference), color="tab:blue", alpha=0.15)
         dots = [(r["steps"] * TOKENS_PER_STEP, r["val_loss"]) for r in self.runs
                 if r["arm"] == winner and r["lr"] == best[winner] and r["seed"] in SEEDS]  # fmt: skip
-        right.plot(*zip(*sorted(dots), strict=True), "o", color="tab:red", label=f"{NAMES[winner]}, a run a dot")
+        right.plot(
+            *zip(*sorted(dots), strict=True),
+            "o",
+            color="tab:red",
+            label=f"{NAMES[winner]}, a run a dot",
+        )
         right.set(xlabel="tokens of the run", ylabel="final validation loss (nats per byte)")
         for axis in (left, right):
             axis.grid(alpha=0.3)
@@ -160,7 +235,12 @@ class Experiment:
         figure.savefig(PICTURE, dpi=120)
 
     def write(self, summary: dict) -> None:
-        setting = {"tokens_per_step": TOKENS_PER_STEP, "steps": STEPS, "warmup_steps": WARMUP, "model": MODEL}
+        setting = {
+            "tokens_per_step": TOKENS_PER_STEP,
+            "steps": STEPS,
+            "warmup_steps": WARMUP,
+            "model": MODEL,
+        }
         lines = ",\n  ".join(json.dumps(r) for r in self.runs)
         text = f'{{"setting": {json.dumps(setting)},\n "summary": {json.dumps(summary)},\n "runs": [\n  {lines}\n]}}\n'
         RESULTS.write_text(text)
@@ -174,15 +254,24 @@ def main() -> None:
     best = {arm: experiment.best_lr(arm) for arm in ARMS}
     experiment.complete([(arm, best[arm], seed, STEPS) for arm in ARMS for seed in SEEDS])
     winner = min("BCD", key=lambda arm: experiment.mean(arm, best[arm]))
-    experiment.complete([(winner, best[winner], s, round(STEPS * share)) for share in SHARES for s in SHARES[share]])
+    experiment.complete(
+        [(winner, best[winner], s, round(STEPS * share)) for share in SHARES for s in SHARES[share]]
+    )
     target = experiment.mean("A", best["A"])
     tokens = [experiment.tokens_to_reach(target, winner, best[winner], seed) for seed in SEEDS]
     losses = {arm: list(experiment.losses(arm, best[arm]).values()) for arm in ARMS}
     seconds = {arm: experiment.mean_seconds(arm) for arm in ("A", winner)}
-    summary = {"best_lr": best, "winner": winner, "losses_of_three_seeds": losses, "loss_to_reach": target}
+    summary = {
+        "best_lr": best,
+        "winner": winner,
+        "losses_of_three_seeds": losses,
+        "loss_to_reach": target,
+    }
     shares = [t / (STEPS * TOKENS_PER_STEP) for t in tokens]
     shares_of_time = [share * seconds[winner] / seconds["A"] for share in shares]
-    experiment.write(summary | {"share_of_tokens_to_reach_it": shares, "share_of_cpu_time": shares_of_time})
+    experiment.write(
+        summary | {"share_of_tokens_to_reach_it": shares, "share_of_cpu_time": shares_of_time}
+    )
     experiment.draw(best, winner)
 
 

@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from GPT_Modules import GPT, TRANSPOSED, GPTConfig, KVCache, Muon, linear_cross_entropy, orthogonalize
+from GPT_Modules import (
+    GPT,
+    TRANSPOSED,
+    GPTConfig,
+    KVCache,
+    Muon,
+    linear_cross_entropy,
+    orthogonalize,
+)
 
 SMALL = GPTConfig(block_size=32, vocab_size=101, n_layer=3, n_head=4, n_embd=48)
 
@@ -16,7 +24,13 @@ def huggingface_twin(config: GPTConfig) -> GPT2LMHeadModel:
     """transformers' model with random weights, biases and LayerNorms included."""
     shape = {"n_positions": config.block_size, "n_embd": config.n_embd, "n_layer": config.n_layer}
     twin = GPT2LMHeadModel(
-        GPT2Config(vocab_size=config.vocab_size, n_head=config.n_head, bos_token_id=0, eos_token_id=0, **shape)
+        GPT2Config(
+            vocab_size=config.vocab_size,
+            n_head=config.n_head,
+            bos_token_id=0,
+            eos_token_id=0,
+            **shape,
+        )
     ).eval()
     torch.manual_seed(0)
     with torch.no_grad():
@@ -66,7 +80,9 @@ def test_chunked_loss_is_cross_entropy(V):
     ours = linear_cross_entropy(x, weight, targets)
     assert abs(ours - truth) <= 1e-6 * truth
     for name, parameter in (("x", x), ("weight", weight)):
-        exact, plain = (torch.autograd.grad(loss, parameter, retain_graph=True)[0] for loss in (truth, torchs))
+        exact, plain = (
+            torch.autograd.grad(loss, parameter, retain_graph=True)[0] for loss in (truth, torchs)
+        )
         got = torch.autograd.grad(3 * ours, parameter, retain_graph=True)[0] / 3
         # no further from the truth than torch's own rounding takes it
         assert (got - exact).norm() <= 2 * (plain - exact).norm() + 1e-6 * exact.norm(), name
@@ -75,7 +91,8 @@ def test_chunked_loss_is_cross_entropy(V):
 @pytest.mark.parametrize("scale", [0.1, 3.0])  # losses of an untrained and of a well-trained model
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_chunked_loss_in_half_precision_is_as_near_the_truth_as_torchs(dtype, scale):
-    """The truth is float64 on the same rounded inputs; torch's is F.cross_entropy of logits of that precision."""
+    """The truth is float64 on the same rounded inputs; torch's is F.cross_entropy of logits of that
+    precision."""
     torch.manual_seed(0)
     weight, targets = 0.06 * torch.randn(1000, 64), torch.randint(1000, (2048,))
     x = scale * (torch.randn(2048, 64) + 10 * weight[targets])
@@ -84,10 +101,14 @@ def test_chunked_loss_in_half_precision_is_as_near_the_truth_as_torchs(dtype, sc
     with torch.autocast("cpu", dtype=dtype):
         torchs = F.cross_entropy((x @ weight.T).float(), targets)
         ours = linear_cross_entropy(x, weight, targets)
-    assert ours.dtype == torch.float32 and abs(ours - truth) < 2 * abs(torchs - truth) + 1e-4 * truth
+    assert (
+        ours.dtype == torch.float32 and abs(ours - truth) < 2 * abs(torchs - truth) + 1e-4 * truth
+    )
     for parameter in (x, weight):
         losses = (truth, torchs, ours)
-        exact, plain, got = (torch.autograd.grad(loss, parameter, retain_graph=True)[0] for loss in losses)
+        exact, plain, got = (
+            torch.autograd.grad(loss, parameter, retain_graph=True)[0] for loss in losses
+        )
         assert got.dtype == torch.float32 and (got - exact).norm() < 1.2 * (plain - exact).norm()
 
 
@@ -169,7 +190,9 @@ def test_muons_other_groups_are_adamws():
     for kind in (torch.optim.AdamW, Muon):
         torch.manual_seed(0)
         model = GPT(SMALL)
-        optimizer = kind(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        optimizer = kind(
+            model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        )
         for _ in range(3):
             model(torch.arange(32)[None], torch.arange(1, 33)[None])[1].backward()
             optimizer.step()
@@ -187,11 +210,16 @@ def test_124m_parameters_init_and_groups():
             expected = 0.02 / math.sqrt(24) if name.endswith("c_proj.weight") else 0.02
             assert abs(parameter.std().item() / expected - 1) < 0.01, name
         else:
-            assert (parameter == (1 if "ln_" in name and name.endswith("weight") else 0)).all(), name
+            assert (parameter == (1 if "ln_" in name and name.endswith("weight") else 0)).all(), (
+                name
+            )
     optimizer = model.configure_optimizers(weight_decay=0.1, learning_rate=6e-4)
     decayed, others = (group["params"] for group in optimizer.param_groups)
     assert (len(decayed), len(others)) == (50, 98)
-    assert optimizer.param_groups[0]["weight_decay"] == 0.1 and optimizer.param_groups[1]["weight_decay"] == 0
+    assert (
+        optimizer.param_groups[0]["weight_decay"] == 0.1
+        and optimizer.param_groups[1]["weight_decay"] == 0
+    )
     assert len({id(p) for p in decayed + others}) == 148 == len(list(model.parameters()))
     assert optimizer.defaults["fused"] and optimizer.defaults["betas"] == (0.9, 0.95)
     idx = torch.randint(50257, (2, 513))
@@ -216,7 +244,9 @@ def test_generation_with_cache_is_transformers(pair):
     model, twin = pair
     idx = torch.randint(model.config.vocab_size, (2, 5))
     ours = model.generate(idx, 20, temperature=0)
-    theirs = twin.generate(idx, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    theirs = twin.generate(
+        idx, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     assert torch.equal(ours, theirs)
 
 
@@ -225,7 +255,10 @@ def test_cached_logits_are_the_full_ones():
     cache = [KVCache(32) for _ in range(3)]
     with torch.no_grad():
         full = model(idx)[0]
-        pieces = [model.lm_head(model.hidden(part, cache=cache)) for part in idx.split([9] + [1] * 23, dim=1)]
+        pieces = [
+            model.lm_head(model.hidden(part, cache=cache))
+            for part in idx.split([9] + [1] * 23, dim=1)
+        ]
     assert (torch.cat(pieces, dim=1) - full).abs().max() < 1e-4
     with pytest.raises(ValueError, match="33 tokens do not fit into block_size 32"):
         model.hidden(idx[:, :1], cache=cache)
@@ -269,7 +302,9 @@ def test_from_pretrained_reads_both_naming_styles(tmp_path):
     twin = huggingface_twin(SMALL)
     twin.save_pretrained(tmp_path / "new")
     weights = load_file(tmp_path / "new" / "model.safetensors")
-    old = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}  # as OpenAI's own on the Hub
+    old = {
+        name.removeprefix("transformer."): tensor for name, tensor in weights.items()
+    }  # as OpenAI's own on the Hub
     old |= {f"h.{i}.attn.bias": torch.ones(1, 1, 32, 32) for i in range(3)}
     (tmp_path / "old").mkdir()
     save_file(old, tmp_path / "old" / "model.safetensors")

@@ -1,4 +1,5 @@
-"""Checkpoints: whole, verified, plain data, found again; against damage, kills, and files that want to run code."""
+"""Checkpoints: whole, verified, plain data, found again; against damage, kills, and files that want
+to run code."""
 
 import io
 import os
@@ -38,15 +39,29 @@ def content(step: int, seed=0) -> dict:
     optimizer = model.configure_optimizers(0.1, 1e-3)
     model(torch.randint(257, (2, 16)), torch.randint(257, (2, 16)))[1].backward()
     optimizer.step()
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": SHAPE, "step": step}
-    return state | {"val_loss": 1.5, "tokenizer": "bytes", "train_config": {"max_lr": 1e-3}, "data": {"dataset": None}}
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "config": SHAPE,
+        "step": step,
+    }
+    return state | {
+        "val_loss": 1.5,
+        "tokenizer": "bytes",
+        "train_config": {"max_lr": 1e-3},
+        "data": {"dataset": None},
+    }
 
 
 def same(one, other) -> bool:
     if torch.is_tensor(one):
         return torch.is_tensor(other) and torch.equal(one, other)
     if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+        return (
+            isinstance(other, dict)
+            and one.keys() == other.keys()
+            and all(same(one[key], other[key]) for key in one)
+        )
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
     return one == other
@@ -55,7 +70,10 @@ def same(one, other) -> bool:
 def test_saved_is_loaded_and_the_link_is_relative(tmp_path):
     state = content(7)
     path = save_checkpoint(tmp_path, state)
-    assert path.name == "model_00007.pt" and os.readlink(tmp_path / "model_checkpoint.pt") == "model_00007.pt"
+    assert (
+        path.name == "model_00007.pt"
+        and os.readlink(tmp_path / "model_checkpoint.pt") == "model_00007.pt"
+    )
     assert same(load_checkpoint(tmp_path / "model_checkpoint.pt"), state)
     assert same(torch.load(path), state)  # torch's default, weights_only=True
     assert not any("_orig_mod." in name or "module." in name for name in state["model"])
@@ -70,7 +88,9 @@ def test_the_last_two_and_every_keep_every_stay(tmp_path):
     save_checkpoint(tmp_path, content(13))
     remove_older(tmp_path, 13, 5)
     assert sorted(checkpoint_paths(tmp_path)) == [5, 10, 12, 13]
-    assert (tmp_path / "model_notes.pt").exists() and os.readlink(tmp_path / "model_checkpoint.pt") == "model_00013.pt"
+    assert (tmp_path / "model_notes.pt").exists() and os.readlink(
+        tmp_path / "model_checkpoint.pt"
+    ) == "model_00013.pt"
 
 
 def test_nothing_is_deleted_before_the_newer_one_is_verified(tmp_path, monkeypatch):
@@ -90,7 +110,8 @@ def test_nothing_is_deleted_before_the_newer_one_is_verified(tmp_path, monkeypat
         save_checkpoint(tmp_path, content(3))
     monkeypatch.undo()
     assert (
-        sorted(checkpoint_paths(tmp_path)) == [1, 2] and load_checkpoint(tmp_path / "model_checkpoint.pt")["step"] == 2
+        sorted(checkpoint_paths(tmp_path)) == [1, 2]
+        and load_checkpoint(tmp_path / "model_checkpoint.pt")["step"] == 2
     )
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -98,7 +119,11 @@ def test_nothing_is_deleted_before_the_newer_one_is_verified(tmp_path, monkeypat
 @pytest.mark.parametrize("part", ["model", "optimizer"])
 def test_a_state_that_is_not_finite_is_never_saved(part, tmp_path):
     state = content(3)
-    tensor = state["model"]["transformer.ln_f.bias"] if part == "model" else state["optimizer"]["state"][0]["exp_avg"]
+    tensor = (
+        state["model"]["transformer.ln_f.bias"]
+        if part == "model"
+        else state["optimizer"]["state"][0]["exp_avg"]
+    )
     tensor.view(-1)[0] = float("nan")
     with pytest.raises(UserError, match="the state after step 3 has numbers that are not finite"):
         save_checkpoint(tmp_path, state)
@@ -111,7 +136,9 @@ def test_a_full_device_is_a_save_error_and_another_error_is_not(tmp_path, monkey
         save_checkpoint(tmp_path, content(1))
     assert not list(tmp_path.iterdir())
     with pytest.raises(RuntimeError, match="something else"):
-        monkeypatch.setattr(torch, "save", lambda *words: (_ for _ in ()).throw(RuntimeError("something else")))
+        monkeypatch.setattr(
+            torch, "save", lambda *words: (_ for _ in ()).throw(RuntimeError("something else"))
+        )
         save_checkpoint(tmp_path, content(1))
 
 
@@ -128,7 +155,9 @@ def test_damage_never_loads_as_something_else(tmp_path):
     n = len(good)
     page = dice.randrange(n // 4096) * 4096
     damages = [flip(good, dice.randrange(8 * n)) for _ in range(300)]
-    damages += [good[:size] for size in (0, 1, n // 100, n // 10, n // 2, n * 9 // 10, n * 99 // 100, n - 1)]
+    damages += [
+        good[:size] for size in (0, 1, n // 100, n // 10, n // 2, n * 9 // 10, n * 99 // 100, n - 1)
+    ]
     damages += [good[:page] + bytes(4096) + good[page + 4096 :]]
     refused = 0
     for damaged in damages:
@@ -149,7 +178,12 @@ def test_the_newest_good_one_is_found(tmp_path):
         path = save_checkpoint(tmp_path, content(step))
     path.write_bytes(path.read_bytes()[:-1])
     found, path, reasons = newest_checkpoint(tmp_path)
-    assert found["step"] == 1 and path.name == "model_00001.pt" and len(reasons) == 1 and "model_00002.pt" in reasons[0]
+    assert (
+        found["step"] == 1
+        and path.name == "model_00001.pt"
+        and len(reasons) == 1
+        and "model_00002.pt" in reasons[0]
+    )
     path.write_bytes(b"")
     with pytest.raises(UserError, match="no checkpoint in .* is good") as error:
         newest_checkpoint(tmp_path)
@@ -212,7 +246,8 @@ def test_nothing_runs_when_a_file_is_opened(tmp_path):
 
 
 def test_load_model_reads_the_original_scripts_checkpoints(tmp_path):
-    """As build-nanogpt and the seed wrote them: a compiled model's names, a config pickled as a class of __main__."""
+    """As build-nanogpt and the seed wrote them: a compiled model's names, a config pickled as a
+    class of __main__."""
     model = GPT(SHAPE)
     torch.save({"weights": model.state_dict()}, tmp_path / "weights.pt")
     program = """
@@ -239,7 +274,9 @@ torch.save({"model": model, "config": GPTConfig(), "step": 5, "val_loss": 3.3}, 
 def test_a_checkpoint_of_another_program_is_none_of_ours(tmp_path):
     """nanoGPT's: the model's shape is a dict."""
     torch.save({"model": {}, "config": {"n_layer": 12}}, tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match="ckpt.pt is damaged or not a checkpoint: ValueError: it has no model with"):
+    with pytest.raises(
+        UserError, match="ckpt.pt is damaged or not a checkpoint: ValueError: it has no model with"
+    ):
         load_model(str(tmp_path / "ckpt.pt"))
 
 
@@ -248,13 +285,18 @@ def test_a_damaged_newest_checkpoint_is_not_passed_over_in_silence(tmp_path, cap
         save_checkpoint(tmp_path, content(step))
     (tmp_path / "model_00002.pt").write_bytes(b"damaged")
     load_model(str(tmp_path))
-    assert "model_00002.pt is damaged or not a checkpoint" in caplog.text and "passed over" in caplog.text
+    assert (
+        "model_00002.pt is damaged or not a checkpoint" in caplog.text
+        and "passed over" in caplog.text
+    )
 
 
 def test_a_folder_with_another_tokenizer_is_refused(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=4, vocab_size=1000)).save_pretrained(tmp_path)
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=4, vocab_size=1000)).save_pretrained(
+        tmp_path
+    )
     with pytest.raises(UserError, match="has a vocabulary of 1000: its tokenizer is not GPT-2's"):
         load_model(str(tmp_path))
 
@@ -270,8 +312,17 @@ def test_load_model_says_what_is_wrong(tmp_path):
 
 @pytest.mark.slow
 def test_no_network_for_the_hubs_weights(tmp_path):
-    done = script("sample.py", "x", "--model=gpt2", env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)})
-    assert done.returncode == 2 and "gpt2 can't be read from the Hub" in done.stderr and "Traceback" not in done.stderr
+    done = script(
+        "sample.py",
+        "x",
+        "--model=gpt2",
+        env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)},
+    )
+    assert (
+        done.returncode == 2
+        and "gpt2 can't be read from the Hub" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 # ---- kills ----
@@ -294,10 +345,13 @@ with only_writer({log_dir!r}):
 
 
 def kill_inside_the_save(log_dir, dice, rounds: int):
-    """Kill a process that does nothing but save; then the newest checkpoint must load, and the link must be good."""
+    """Kill a process that does nothing but save; then the newest checkpoint must load, and the link
+    must be good."""
     program = SAVER.format(root=str(ROOT), tests=str(ROOT / "tests"), log_dir=str(log_dir))
     for _ in range(rounds):
-        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout.readline() == "ready\n"
         before = max(checkpoint_paths(log_dir), default=-1)
         while max(checkpoint_paths(log_dir), default=-1) == before:
@@ -307,7 +361,10 @@ def kill_inside_the_save(log_dir, dice, rounds: int):
         process.wait()
         found, path, reasons = newest_checkpoint(log_dir)
         assert not reasons and len(checkpoint_paths(log_dir)) <= 3
-        assert load_checkpoint(log_dir / "model_checkpoint.pt")["step"] in (found["step"], found["step"] - 1)
+        assert load_checkpoint(log_dir / "model_checkpoint.pt")["step"] in (
+            found["step"],
+            found["step"] - 1,
+        )
 
 
 def test_kills_inside_the_save(tmp_path):
@@ -323,7 +380,8 @@ def test_a_run_with_only_weights_cannot_be_continued(data_dir, tmp_path, capsys)
     import train
 
     torch.save(
-        {"model": GPT(SHAPE).state_dict(), "config": SHAPE, "step": 5, "val_loss": 1.0}, tmp_path / "model_00005.pt"
+        {"model": GPT(SHAPE).state_dict(), "config": SHAPE, "step": 5, "val_loss": 1.0},
+        tmp_path / "model_00005.pt",
     )
     assert train.main(flags(data_dir=data_dir, log_dir=tmp_path)) == 2
     assert "has weights only, no run to continue: use --init_from" in capsys.readouterr().err

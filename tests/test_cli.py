@@ -40,7 +40,9 @@ def test_words_become_fields():
     words = ["--some_steps=7", "--rate", "1e-3", "--kind=b", "--no-on", "--flag", "--place", "x y"]
     assert parse(Config, words, "") == Config(7, 1e-3, "b", False, True, "x y")
     assert parse(Config, ["--some-steps", "9"], "").some_steps == 9
-    assert parse(Config, ["there", "--on"], "", positional="place") == Config(on=True, place="there")
+    assert parse(Config, ["there", "--on"], "", positional="place") == Config(
+        on=True, place="there"
+    )
     assert parse(Config, ["--kind=b"], "", presets=None).kind == "b"
     assert parse(Config, ["--", "--a-text"], "", positional="place").place == "--a-text"
 
@@ -99,8 +101,15 @@ def test_a_bound_stands_beside_its_field(words, message):
 
 
 def test_counts_agree_with_their_nouns():
-    assert [cli.count(n, "document") for n in (0, 1, 2000)] == ["0 documents", "1 document", "2,000 documents"]
-    assert cli.count(2, "micro-batch") == "2 micro-batches" and cli.count(1, "micro-batch") == "1 micro-batch"
+    assert [cli.count(n, "document") for n in (0, 1, 2000)] == [
+        "0 documents",
+        "1 document",
+        "2,000 documents",
+    ]
+    assert (
+        cli.count(2, "micro-batch") == "2 micro-batches"
+        and cli.count(1, "micro-batch") == "1 micro-batch"
+    )
 
 
 def test_help_is_read_from_the_comments(capsys):
@@ -129,7 +138,11 @@ def test_help_of_every_script(name):
     for field in fields(CONFIGS[name]):
         assert described[field.name][1], field.name
         assert field.name in done.stdout.lower()
-    examples = [line for line in done.stdout.splitlines() if line.strip().startswith(("python ", "torchrun ", "echo "))]
+    examples = [
+        line
+        for line in done.stdout.splitlines()
+        if line.strip().startswith(("python ", "torchrun ", "echo "))
+    ]
     assert len(examples) >= 3
 
 
@@ -142,7 +155,9 @@ def test_errors_become_exit_codes(capsys, monkeypatch):
     assert capsys.readouterr().err == "error: wrong word\nerror: no luck\n"
     assert main(KeyboardInterrupt()) == 130
     assert main(OSError(28, "No space left on device", "log/run.json")) == 1
-    assert capsys.readouterr().err.endswith("error: OSError: [Errno 28] No space left on device: 'log/run.json'\n")
+    assert capsys.readouterr().err.endswith(
+        "error: OSError: [Errno 28] No space left on device: 'log/run.json'\n"
+    )
     with pytest.raises(ZeroDivisionError):  # what is not the user's is not hidden
         main(ZeroDivisionError())
 
@@ -168,7 +183,11 @@ def test_other_ranks_leave_silently(ranks, prints, capsys, monkeypatch):
     assert main(UserError("wrong word")) == 2 and slept == ([] if prints else [10])
     assert capsys.readouterr().err == ("error: wrong word\n" if prints else "")
     slept.clear()
-    assert main(UserError("my GPU", alone=True)) == 2 and slept == [] and capsys.readouterr().err == "error: my GPU\n"
+    assert (
+        main(UserError("my GPU", alone=True)) == 2
+        and slept == []
+        and capsys.readouterr().err == "error: my GPU\n"
+    )
 
 
 def test_nothing_happens_at_import():
@@ -177,10 +196,10 @@ def test_nothing_happens_at_import():
         " metrics\n"
     )
     program += "import torch\nassert not torch.distributed.is_initialized()\n"
-    program += (
-        "bad = {'datasets', 'matplotlib', 'huggingface_hub', 'transformers'} & set(sys.modules)\nassert not bad, bad"
+    program += "bad = {'datasets', 'matplotlib', 'huggingface_hub', 'transformers'} & set(sys.modules)\nassert not bad, bad"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(ROOT)], capture_output=True, text=True
     )
-    done = subprocess.run([sys.executable, "-c", program, str(ROOT)], capture_output=True, text=True)
     assert done.returncode == 0 and not done.stdout + done.stderr, done.stderr
 
 

@@ -36,19 +36,30 @@ def plain_shards(documents, tokenizer, shard_size) -> list[np.ndarray]:
     stream = []
     for text in documents:
         stream += [encoding.eot_token, *encoding.encode_ordinary(text)]
-    return [np.array(stream[i : i + shard_size], dtype=np.uint16) for i in range(0, len(stream), shard_size)]
+    return [
+        np.array(stream[i : i + shard_size], dtype=np.uint16)
+        for i in range(0, len(stream), shard_size)
+    ]
 
 
 def assert_shards(data_dir, expected: list[np.ndarray]):
-    """The directory holds exactly these shards, byte for byte as np.save writes them, and a manifest that says so."""
+    """The directory holds exactly these shards, byte for byte as np.save writes them, and a
+    manifest that says so."""
     manifest = read_manifest(data_dir)
-    assert manifest["complete"] and manifest["position"] is None and len(manifest["shards"]) == len(expected)
+    assert (
+        manifest["complete"]
+        and manifest["position"] is None
+        and len(manifest["shards"]) == len(expected)
+    )
     for number, (entry, tokens) in enumerate(zip(manifest["shards"], expected, strict=True)):
         assert entry["file"] == f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
         content = (Path(data_dir) / entry["file"]).read_bytes()
         reference = io.BytesIO()
         np.save(reference, tokens)
-        assert content == reference.getvalue() and entry["sha256"] == hashlib.sha256(content).hexdigest()
+        assert (
+            content == reference.getvalue()
+            and entry["sha256"] == hashlib.sha256(content).hexdigest()
+        )
         eot = get_tokenizer(manifest["tokenizer"]).eot_token
         assert entry["tokens"] == len(tokens) and entry["documents"] == (tokens == eot).sum()
     names = {path.name for path in Path(data_dir).iterdir()}
@@ -62,19 +73,25 @@ def write_jsonl(path, documents):
 def parquet(documents, **columns) -> bytes:
     file = io.BytesIO()
     pq.write_table(
-        pa.table({"text": documents, "id": [str(n) for n in range(len(documents))]} | columns), file, row_group_size=90
+        pa.table({"text": documents, "id": [str(n) for n in range(len(documents))]} | columns),
+        file,
+        row_group_size=90,
     )
     return file.getvalue()
 
 
 def contents(directory) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.name != ".lock"}
+    return {
+        path.name: path.read_bytes() for path in Path(directory).iterdir() if path.name != ".lock"
+    }
 
 
 def words_of(n: int, seed=0) -> list[str]:
     dice = random.Random(seed)
     return [
-        " ".join(dice.choice(["the", "shard", "of", "tokens", "9"]) for _ in range(dice.randrange(60)))
+        " ".join(
+            dice.choice(["the", "shard", "of", "tokens", "9"]) for _ in range(dice.randrange(60))
+        )
         for _ in range(n)
     ]
 
@@ -123,7 +140,11 @@ def run_driver(tmp_path, start_method, *words, tokenizer="gpt2", shard_size=5_00
         *words,
     ]
     done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=200
+        command,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr
     return done
@@ -150,13 +171,16 @@ def test_one_text_file_and_max_tokens(tmp_path):
     assert data_generator.main([*words, f"--data_dir={tmp_path / 'cut'}", "--max_tokens=7001"]) == 0
     shards = plain_shards([text], "bytes", 3000)
     assert_shards(tmp_path / "cut", [shards[0], shards[1], shards[2][:1001]])
-    assert data_generator.main([*words, f"--data_dir={tmp_path / 'full'}", "--max_tokens=6000"]) == 0
+    assert (
+        data_generator.main([*words, f"--data_dir={tmp_path / 'full'}", "--max_tokens=6000"]) == 0
+    )
     assert_shards(tmp_path / "full", shards[:2])
 
 
 @pytest.mark.parametrize("change", ["another size", "one more", "shard lost", "manifest lost"])
 def test_what_has_changed_since_is_not_mixed(change, tmp_path, capsys):
-    """A rerun over other files, or over shards that are not the manifest's, stops before it writes anything."""
+    """A rerun over other files, or over shards that are not the manifest's, stops before it writes
+    anything."""
     for name in "bc":
         (tmp_path / f"{name}.txt").write_text("\n".join(words_of(60)))
     words = ["--dataset", str(tmp_path / "*.txt"), "--tokenizer=bytes", "--shard_size=3000"]
@@ -170,7 +194,10 @@ def test_what_has_changed_since_is_not_mixed(change, tmp_path, capsys):
         (tmp_path / ("a.txt" if change == "one more" else "b.txt")).write_text("other text")
     before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
     assert data_generator.main(words) == 2
-    says = {"shard lost": "000002.npy is missing\nHINT: restore", "manifest lost": "is there already, without a"}
+    says = {
+        "shard lost": "000002.npy is missing\nHINT: restore",
+        "manifest lost": "is there already, without a",
+    }
     assert says.get(change, "revision was 2 files, ") in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
 
@@ -180,8 +207,15 @@ def test_tiny_shakespeare(tmp_path):
     path = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
     if not path.exists():
         pytest.skip("tinyshakespeare.txt is not beside the repository")
-    assert data_generator.main(["--dataset", str(path), "--data_dir", str(tmp_path), "--shard_size=100000"]) == 0
-    tokens = np.concatenate([np.load(tmp_path / shard["file"]) for shard in read_manifest(tmp_path)["shards"]])
+    assert (
+        data_generator.main(
+            ["--dataset", str(path), "--data_dir", str(tmp_path), "--shard_size=100000"]
+        )
+        == 0
+    )
+    tokens = np.concatenate(
+        [np.load(tmp_path / shard["file"]) for shard in read_manifest(tmp_path)["shards"]]
+    )
     assert len(tokens) == 338_026
     assert (
         hashlib.sha256(tokens.tobytes()).hexdigest()
@@ -194,19 +228,29 @@ def test_local_files_by_glob(kind, tmp_path):
     import gzip
 
     files = [words_of(40, seed) for seed in range(3)]
-    # names that are patterns as well; brackets in the name of a packed file are more than `datasets` can read
+    # names that are patterns as well; brackets in the name of a packed file are more than
+    # `datasets` can read
     names = ["a" if kind == "jsonl.gz" else "[A] b", "c*", "cd"]
     for number, documents in enumerate(files):
         path = tmp_path / "texts" / f"{names[number]}.{kind}"
         path.parent.mkdir(exist_ok=True)
-        lines = "".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(documents))
+        lines = "".join(
+            json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(documents)
+        )
         if kind == "parquet":
             path.write_bytes(parquet(documents))
         elif kind == "txt":
             path.write_text("\n".join(documents))
         else:
-            path.write_bytes(gzip.compress(lines.encode()) if kind.endswith("gz") else lines.encode())
-    words = ["--dataset", str(tmp_path / "texts" / f"*.{kind}"), "--tokenizer=bytes", "--shard_size=2000"]
+            path.write_bytes(
+                gzip.compress(lines.encode()) if kind.endswith("gz") else lines.encode()
+            )
+    words = [
+        "--dataset",
+        str(tmp_path / "texts" / f"*.{kind}"),
+        "--tokenizer=bytes",
+        "--shard_size=2000",
+    ]
     assert data_generator.main([*words, f"--data_dir={tmp_path / 'data'}"]) == 0
     documents = ["\n".join(documents) for documents in files] if kind == "txt" else sum(files, [])
     assert_shards(tmp_path / "data", plain_shards(documents, "bytes", 2000))
@@ -241,11 +285,18 @@ configs:
 
 @pytest.fixture
 def fineweb():
-    """A small repository of FineWeb-Edu's layout, served by this machine; the documents of its sample-10BT."""
+    """A small repository of FineWeb-Edu's layout, served by this machine; the documents of its
+    sample-10BT."""
     parts = [words_of(900, seed) for seed in range(3)]
     files = {f"sample/10BT/{n:03d}_00000.parquet": parquet(part) for n, part in enumerate(parts)}
     with Hub(
-        {f"datasets/{FINEWEB_EDU}": {"README.md": README, "data/CC/0.parquet": parquet(["wrong"]), **files}}
+        {
+            f"datasets/{FINEWEB_EDU}": {
+                "README.md": README,
+                "data/CC/0.parquet": parquet(["wrong"]),
+                **files,
+            }
+        }
     ) as hub:
         yield hub, sum(parts, [])
 
@@ -253,7 +304,12 @@ def fineweb():
 def generate(hub, tmp_path, *words, **options):
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
     return script(
-        "data_generator.py", f"--data_dir={tmp_path / 'data'}", "--shard_size=4000", *words, env=environment, **options
+        "data_generator.py",
+        f"--data_dir={tmp_path / 'data'}",
+        "--shard_size=4000",
+        *words,
+        env=environment,
+        **options,
     )
 
 
@@ -263,13 +319,20 @@ def test_the_default_command_on_the_hub(fineweb, tmp_path):
     assert done.returncode == 0, done.stderr
     assert_shards(tmp_path / "data", plain_shards(documents, "gpt2", 4000))
     manifest = read_manifest(tmp_path / "data")
-    assert (manifest["dataset"], manifest["name"], manifest["revision"]) == (FINEWEB_EDU, "sample-10BT", COMMIT)
+    assert (manifest["dataset"], manifest["name"], manifest["revision"]) == (
+        FINEWEB_EDU,
+        "sample-10BT",
+        COMMIT,
+    )
     assert (
-        f"{len(documents):,} documents" in done.stdout and "the last shard is shorter, as it should be" in done.stdout
+        f"{len(documents):,} documents" in done.stdout
+        and "the last shard is shorter, as it should be" in done.stdout
     )
 
 
-@pytest.mark.parametrize("fault", ["503", "reset", "short", pytest.param("stall", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "fault", ["503", "reset", "short", pytest.param("stall", marks=pytest.mark.slow)]
+)
 def test_network_faults_are_tried_again(fault, fineweb, tmp_path):
     hub, documents = fineweb
     left = [2]
@@ -311,7 +374,9 @@ def test_a_body_that_lies_about_its_length_is_not_taken_for_a_whole_one(fineweb,
         left[0] -= 1
         content = hub.repositories[f"datasets/{FINEWEB_EDU}"]["sample/10BT/001_00000.parquet"]
         handler.answer(
-            206, content[: len(content) // 2], {"Content-Range": f"bytes 0-{len(content) - 1}/{len(content)}"}
+            206,
+            content[: len(content) // 2],
+            {"Content-Range": f"bytes 0-{len(content) - 1}/{len(content)}"},
         )
         return True
 
@@ -331,8 +396,17 @@ def test_a_network_that_stays_away_ends_with_a_message_and_the_next_run_goes_on(
         " sys.exit(d.main(sys.argv[1:]))"
     )
     (tmp_path / "driver.py").write_text(driver)
-    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(tmp_path / "driver.py"), f"--data_dir={tmp_path / 'data'}", "--shard_size=4000"]
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "hf"),
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [
+        sys.executable,
+        str(tmp_path / "driver.py"),
+        f"--data_dir={tmp_path / 'data'}",
+        "--shard_size=4000",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert (
         done.returncode == 1
@@ -359,17 +433,26 @@ def test_other_hub_data_sets(tmp_path):
         common = ["--dataset=org/tales", "--split=test", "--tokenizer=bytes"]
         done = generate(hub, tmp_path, *common)
         assert (
-            done.returncode == 2 and "--text_field text: org/tales has no such field; it has body, n" in done.stderr
+            done.returncode == 2
+            and "--text_field text: org/tales has no such field; it has body, n" in done.stderr
         ), done.stderr
         done = generate(hub, tmp_path, *common, "--text_field=body")
         assert done.returncode == 0, done.stderr
         assert_shards(tmp_path / "data", plain_shards(words_of(300), "bytes", 4000))
         done = generate(hub, tmp_path / "x", "--dataset=org/nothing")
         assert done.returncode == 2 and "org/nothing can't be found on the Hub" in done.stderr
-        done = generate(hub, tmp_path / "x", "--dataset=org/tales", "--split=dev", "--text_field=body")
-        assert done.returncode == 2 and "dev" in done.stderr and "Traceback" not in done.stderr, done.stderr
-        done = generate(hub, tmp_path / "x", "--dataset=org/tales", "--name=french", "--text_field=body")
-        assert done.returncode == 2 and "french" in done.stderr and "Traceback" not in done.stderr, done.stderr
+        done = generate(
+            hub, tmp_path / "x", "--dataset=org/tales", "--split=dev", "--text_field=body"
+        )
+        assert done.returncode == 2 and "dev" in done.stderr and "Traceback" not in done.stderr, (
+            done.stderr
+        )
+        done = generate(
+            hub, tmp_path / "x", "--dataset=org/tales", "--name=french", "--text_field=body"
+        )
+        assert (
+            done.returncode == 2 and "french" in done.stderr and "Traceback" not in done.stderr
+        ), done.stderr
 
 
 def bin_shard(tokens) -> bytes:
@@ -381,15 +464,29 @@ def bin_shard(tokens) -> bytes:
 def test_ready_made_tokens_are_downloaded_trained_on_and_resumed(tmp_path):
     """README's command, against a local Hub: shards of the published names, in llm.c's format."""
     random_ = np.random.default_rng(0)
-    names = ["finewebedu_val_000000.bin", "finewebedu_train_000001.bin", "finewebedu_train_000002.bin"]
+    names = [
+        "finewebedu_val_000000.bin",
+        "finewebedu_train_000001.bin",
+        "finewebedu_train_000002.bin",
+    ]
     files = {name: bin_shard(random_.integers(0, 50257, 700)) for name in names}
-    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("hf download ")]
+    (line,) = [
+        line
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if line.startswith("hf download ")
+    ]
     words = line.split()
     data_dir = tmp_path / words[words.index("--local-dir") + 1]
     with Hub({f"datasets/{words[2]}": files}) as hub:
-        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_DISABLE_XET": "1",
+        }
         command = [str(Path(sys.executable).parent / "hf"), *words[1:]]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
     assert done.returncode == 0, done.stderr
     (data_dir / "finewebedu_train_000003.bin.incomplete").write_bytes(b"half")
     for steps in (2, 4):
@@ -402,7 +499,8 @@ def test_ready_made_tokens_are_downloaded_trained_on_and_resumed(tmp_path):
 
 @pytest.mark.slow
 def test_stopping_early_ends_cleanly(fineweb, tmp_path, campaign):
-    """Arrow's threads may be reading ahead when --max_tokens is reached (huggingface/datasets 7566, 7879)."""
+    """Arrow's threads may be reading ahead when --max_tokens is reached (huggingface/datasets 7566,
+    7879)."""
     hub, _ = fineweb
     for number in range(campaign(200)):
         done = generate(hub, tmp_path / str(number), "--max_tokens=9000", "--num_proc=1")
@@ -411,8 +509,17 @@ def test_stopping_early_ends_cleanly(fineweb, tmp_path, campaign):
 
 def test_no_network(tmp_path):
     environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
-    done = script("data_generator.py", f"--data_dir={tmp_path / 'data'}", "--max_tokens=200000000", env=environment)
-    assert done.returncode == 2 and "can't be found on the Hub" in done.stderr and "Traceback" not in done.stderr
+    done = script(
+        "data_generator.py",
+        f"--data_dir={tmp_path / 'data'}",
+        "--max_tokens=200000000",
+        env=environment,
+    )
+    assert (
+        done.returncode == 2
+        and "can't be found on the Hub" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert not list((tmp_path / "data").glob("*.npy"))
 
 
@@ -420,7 +527,13 @@ def test_no_network(tmp_path):
 
 
 def start(tmp_path, *words):
-    command = [sys.executable, str(ROOT / "data_generator.py"), "--dataset", str(tmp_path / "docs.jsonl"), *words]
+    command = [
+        sys.executable,
+        str(ROOT / "data_generator.py"),
+        "--dataset",
+        str(tmp_path / "docs.jsonl"),
+        *words,
+    ]
     return subprocess.Popen([*command, "--shard_size=20000", "--tokenizer=bytes", "--num_proc=2"],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
 
@@ -449,12 +562,17 @@ def uninterrupted(tmp_path_factory):
 
 
 def kill_once(directory, data_dir, dice, whom):
-    """Start, kill at a random moment, and check that nothing but whole shards is in the manifest."""
+    """Start, kill at a random moment, and check that nothing but whole shards is in the
+    manifest."""
     process = start(directory, "--data_dir", str(data_dir))
     # after the start of the pool most moments fall into reading and writing
     before = len((read_manifest(data_dir) or {"shards": []})["shards"])
     target, end = before + dice.randrange(0, 20), time.time() + 60
-    while process.poll() is None and time.time() < end and len(list(Path(data_dir).glob("*.npy"))) < target:
+    while (
+        process.poll() is None
+        and time.time() < end
+        and len(list(Path(data_dir).glob("*.npy"))) < target
+    ):
         time.sleep(0.002)
     time.sleep(dice.random() * 0.05)
     family = children(process.pid)
@@ -467,10 +585,15 @@ def kill_once(directory, data_dir, dice, whom):
     _, error = process.communicate(timeout=60)
     if whom == "worker" and process.returncode not in (0, -9):
         assert process.returncode == 1 and "a tokenizing process was killed" in error, error
-    if whom == "ctrl-c" and family and process.returncode != 0:  # without workers it may still be importing
+    if (
+        whom == "ctrl-c" and family and process.returncode != 0
+    ):  # without workers it may still be importing
         assert process.returncode == 130 and "Traceback" not in error, error
     end = time.time() + 10
-    while any(Path(f"/proc/{child}/exe").exists() and child in children(1) for child in family) and time.time() < end:
+    while (
+        any(Path(f"/proc/{child}/exe").exists() and child in children(1) for child in family)
+        and time.time() < end
+    ):
         time.sleep(0.05)  # workers leave when their parent is gone
 
 
@@ -494,7 +617,12 @@ def test_campaign_of_kills(uninterrupted, tmp_path, campaign):
     dice = random.Random(2026)
     for number in range(campaign(30)):
         for _ in range(2):
-            kill_once(uninterrupted, tmp_path / str(number), dice, dice.choice(["parent", "worker", "ctrl-c"]))
+            kill_once(
+                uninterrupted,
+                tmp_path / str(number),
+                dice,
+                dice.choice(["parent", "worker", "ctrl-c"]),
+            )
         finish_and_compare(uninterrupted, tmp_path / str(number))
 
 
@@ -543,7 +671,10 @@ with only_writer({str(uninterrupted / 'data')!r}):
     assert data_generator.main([*words, "--shard_size=20000"]) == 0
     assert "it was complete already\n" in capsys.readouterr().out
     assert data_generator.main([*words, "--shard_size=20000", "--max_tokens=9999999"]) == 0
-    assert "it was complete already and does not grow to --max_tokens 9,999,999" in capsys.readouterr().out
+    assert (
+        "it was complete already and does not grow to --max_tokens 9,999,999"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_directory_of_an_older_version_goes_on(tmp_path, monkeypatch):
@@ -556,13 +687,27 @@ def test_the_directory_of_an_older_version_goes_on(tmp_path, monkeypatch):
     words = "--dataset docs.jsonl --data_dir data --tokenizer bytes --shard_size 2000 --num_proc 1"
     assert data_generator.main(words.split()) == 0
     assert_shards("data", plain_shards(documents, "bytes", 2000))
-    assert all(contents("data")[name] == content for name, content in before.items() if name.endswith(".npy"))
+    assert all(
+        contents("data")[name] == content
+        for name, content in before.items()
+        if name.endswith(".npy")
+    )
 
 
 def test_what_a_killed_run_leaves_lies_in_the_data_directory(uninterrupted, tmp_path):
     (tmp_path / "system").mkdir()
-    command = [sys.executable, str(ROOT / "data_generator.py"), "--dataset", str(uninterrupted / "docs.jsonl")]
-    command += ["--shard_size=20000", "--tokenizer=bytes", "--num_proc=2", f"--data_dir={tmp_path / 'data'}"]
+    command = [
+        sys.executable,
+        str(ROOT / "data_generator.py"),
+        "--dataset",
+        str(uninterrupted / "docs.jsonl"),
+    ]
+    command += [
+        "--shard_size=20000",
+        "--tokenizer=bytes",
+        "--num_proc=2",
+        f"--data_dir={tmp_path / 'data'}",
+    ]
     process = subprocess.Popen(command, env=os.environ | {"TMPDIR": str(tmp_path / "system")})
     end = time.time() + 60
     while not list((tmp_path / "data").glob("tokens-*.tmp/*")) and time.time() < end:
@@ -570,7 +715,9 @@ def test_what_a_killed_run_leaves_lies_in_the_data_directory(uninterrupted, tmp_
     process.kill()
     process.wait()
     # pymp-...: the socket of Python's own forkserver, which Python 3.14 takes
-    assert not [path for path in (tmp_path / "system").iterdir() if not path.name.startswith("pymp-")]
+    assert not [
+        path for path in (tmp_path / "system").iterdir() if not path.name.startswith("pymp-")
+    ]
     assert list((tmp_path / "data").glob("tokens-*.tmp"))
     finish_and_compare(uninterrupted, tmp_path / "data")
 
@@ -591,9 +738,12 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
-def test_the_demo_is_made_without_torch_and_is_the_same_each_time(start_method, demo_shards, tmp_path):
+def test_the_demo_is_made_without_torch_and_is_the_same_each_time(
+    start_method, demo_shards, tmp_path
+):
     (tmp_path / "driver.py").write_text(
-        f"import multiprocessing; multiprocessing.set_start_method({start_method!r}, force=True)" + WITHOUT_TORCH
+        f"import multiprocessing; multiprocessing.set_start_method({start_method!r}, force=True)"
+        + WITHOUT_TORCH
     )
     command = [sys.executable, "driver.py", "--preset=demo", f"--data_dir={tmp_path / 'data'}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -602,7 +752,9 @@ def test_the_demo_is_made_without_torch_and_is_the_same_each_time(start_method, 
     assert_shards(tmp_path / "data", demo_shards)
 
 
-@pytest.mark.parametrize("start_method", ["fork", *(pytest.param(m, marks=pytest.mark.slow) for m in OTHER_METHODS)])
+@pytest.mark.parametrize(
+    "start_method", ["fork", *(pytest.param(m, marks=pytest.mark.slow) for m in OTHER_METHODS)]
+)
 def test_a_killed_worker_is_noticed_whatever_the_start_method(start_method, tmp_path):
     """The third batch of documents kills the process that tokenizes it."""
     (tmp_path / "driver.py").write_text("""
@@ -618,9 +770,17 @@ if __name__ == "__main__":
     multiprocessing.set_start_method(sys.argv[1])
     sys.exit(data_generator.main(sys.argv[2:]))
 """)
-    command = [sys.executable, "driver.py", start_method, "--preset=demo", f"--data_dir={tmp_path / 'data'}"]
+    command = [
+        sys.executable,
+        "driver.py",
+        start_method,
+        "--preset=demo",
+        f"--data_dir={tmp_path / 'data'}",
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 1 and "a tokenizing process was killed" in done.stderr, done.stderr
     assert not list((tmp_path / "data").glob("*.tmp"))
 
@@ -632,9 +792,7 @@ def test_leftovers_are_removed_and_never_read(uninterrupted, tmp_path):
 
 
 def test_a_full_disk_leaves_what_is_whole(uninterrupted, tmp_path):
-    words = (
-        f"--dataset={uninterrupted / 'docs.jsonl'} --data_dir={tmp_path} --tokenizer=bytes --shard_size=20000".split()
-    )
+    words = f"--dataset={uninterrupted / 'docs.jsonl'} --data_dir={tmp_path} --tokenizer=bytes --shard_size=20000".split()
     program = f"""
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -650,28 +808,44 @@ ShardWriter.write = write_with_no_room_for_the_fourth
 sys.exit(data_generator.main({words!r}))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 1 and "edufineweb_train_000003.npy can't be written" in done.stderr, done.stderr
-    assert "it needs 40,128 bytes" in done.stderr and "the 3 shards before it are whole" in done.stderr
+    assert done.returncode == 1 and "edufineweb_train_000003.npy can't be written" in done.stderr, (
+        done.stderr
+    )
+    assert (
+        "it needs 40,128 bytes" in done.stderr and "the 3 shards before it are whole" in done.stderr
+    )
     assert len(read_manifest(tmp_path)["shards"]) == 3 and not list(tmp_path.glob("*.tmp"))
     enough = tmp_path.with_name("enough")  # three shards will do: there is no fourth, empty one
     shutil.copytree(tmp_path, enough)
     assert data_generator.main([*words, f"--data_dir={enough}", "--max_tokens=60000"]) == 0
-    assert len(read_manifest(enough)["shards"]) == 3 and data_generator.main([f"--data_dir={enough}", "--verify"]) == 0
+    assert (
+        len(read_manifest(enough)["shards"]) == 3
+        and data_generator.main([f"--data_dir={enough}", "--verify"]) == 0
+    )
     finish_and_compare(uninterrupted, tmp_path)
 
 
 def test_a_disk_that_is_too_small_is_said_before(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("text")
-    words = ["--dataset", str(tmp_path / "a.txt"), "--data_dir", str(tmp_path / "data"), "--tokenizer=bytes"]
+    words = [
+        "--dataset",
+        str(tmp_path / "a.txt"),
+        "--data_dir",
+        str(tmp_path / "data"),
+        "--tokenizer=bytes",
+    ]
     assert data_generator.main([*words, "--max_tokens=100000000000000"]) == 2
     assert data_generator.expected_tokens(data_generator.DataConfig()) == 9_950_000_000
     assert data_generator.expected_tokens(data_generator.DataConfig(tokenizer="bytes")) is None
-    assert re.search(r"needs about 200,000,000,000,000 bytes, [\d,]+ are free", capsys.readouterr().err)
+    assert re.search(
+        r"needs about 200,000,000,000,000 bytes, [\d,]+ are free", capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow
 def test_memory_stays_flat_whatever_the_size(tmp_path):
-    """Endless documents: the memory of all processes together after 40 MB of text is that after 10 MB."""
+    """Endless documents: the memory of all processes together after 40 MB of text is that after 10
+    MB."""
     program = f"""
 import itertools, os, subprocess, sys, threading
 sys.path.insert(0, {str(ROOT)!r})
@@ -697,7 +871,9 @@ code = data_generator.main(words.split())
 print(*peaks)
 sys.exit(code)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=os.environ
+    )
     assert done.returncode == 0, done.stderr
     peaks = [float(word) for word in done.stdout.splitlines()[-1].split()]
     half = len(peaks) // 2
@@ -715,11 +891,17 @@ sys.exit(code)
         (["--dataset=tests"], "tests is a directory; name its files"),
         (["--dataset=README.md"], "README.md is none of .txt .jsonl"),
         (["--shard_size=0"], "--shard_size is 0: it must be at least 1"),
-        (["--preset=demo", f"--shard_size={10**18}"], "a shard does not fit into this machine's memory"),
+        (
+            ["--preset=demo", f"--shard_size={10**18}"],
+            "a shard does not fit into this machine's memory",
+        ),
         (["--num_proc=0"], "--num_proc is 0"),
         (["--tokenizer=gpt4"], "invalid choice: 'gpt4'"),
         (["--shard=4"], "unknown flag --shard"),
-        (["--max_tokens=1000"], "all fit into shard 0.*\n.*HINT: --shard_size 100|HINT: --shard_size 100"),
+        (
+            ["--max_tokens=1000"],
+            "all fit into shard 0.*\n.*HINT: --shard_size 100|HINT: --shard_size 100",
+        ),
     ],
 )
 def test_bad_input(words, message, tmp_path, capsys, monkeypatch):
@@ -732,11 +914,20 @@ def test_bad_input(words, message, tmp_path, capsys, monkeypatch):
 
 def test_a_text_that_ends_inside_shard_0(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("x" * 999)
-    words = ["--dataset", str(tmp_path / "a.txt"), "--data_dir", str(tmp_path / "data"), "--tokenizer=bytes"]
+    words = [
+        "--dataset",
+        str(tmp_path / "a.txt"),
+        "--data_dir",
+        str(tmp_path / "data"),
+        "--tokenizer=bytes",
+    ]
     for shard_size in (100_000, 1000):  # much too large, and exactly as large as the text
         assert data_generator.main([*words, f"--shard_size={shard_size}"]) == 2
         printed = capsys.readouterr().err
-        assert "1,000 tokens, which all fit into shard 0" in printed and "HINT: --shard_size 100" in printed
+        assert (
+            "1,000 tokens, which all fit into shard 0" in printed
+            and "HINT: --shard_size 100" in printed
+        )
     assert data_generator.main([*words, "--shard_size=100"]) == 0
 
 
@@ -745,7 +936,13 @@ def test_a_document_without_text_is_named(tmp_path, capsys):
     lines = [json.dumps({"text": text}) for text in documents]
     lines[444] = '{"text": null}'
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    words = ["--dataset", str(tmp_path / "a.jsonl"), "--data_dir", str(tmp_path / "data"), "--tokenizer=bytes"]
+    words = [
+        "--dataset",
+        str(tmp_path / "a.jsonl"),
+        "--data_dir",
+        str(tmp_path / "data"),
+        "--tokenizer=bytes",
+    ]
     assert data_generator.main([*words, "--shard_size=2000"]) == 2
     assert "document 444 (counted from 0) has no text: its text is None" in capsys.readouterr().err
     assert data_generator.main([*words, "--text_field=body", "--shard_size=2000"]) == 2
@@ -754,7 +951,12 @@ def test_a_document_without_text_is_named(tmp_path, capsys):
 
 def test_a_file_that_is_not_utf8(tmp_path, capsys):
     (tmp_path / "a.txt").write_bytes(b"latin \xe9\xe8")
-    assert data_generator.main(["--dataset", str(tmp_path / "a.txt"), "--data_dir", str(tmp_path / "data")]) == 2
+    assert (
+        data_generator.main(
+            ["--dataset", str(tmp_path / "a.txt"), "--data_dir", str(tmp_path / "data")]
+        )
+        == 2
+    )
     assert "can't be read: UnicodeDecodeError" in capsys.readouterr().err
 
 
@@ -766,7 +968,9 @@ def test_verify_names_each_bad_file(uninterrupted, tmp_path, capsys):
     words = ["--verify", f"--data_dir={tmp_path / 'data'}"]
     assert data_generator.main(words) == 0
     assert "shards are good; the data set is complete" in capsys.readouterr().out
-    shard = [tmp_path / "data" / entry["file"] for entry in read_manifest(tmp_path / "data")["shards"]]
+    shard = [
+        tmp_path / "data" / entry["file"] for entry in read_manifest(tmp_path / "data")["shards"]
+    ]
     flipped = bytearray(shard[1].read_bytes())
     flipped[5000] ^= 1
     shard[1].write_bytes(flipped)

@@ -1,4 +1,5 @@
-"""The published folder, judged by transformers, lm_eval, TRL and llama.cpp's converter; the upload, by a local Hub."""
+"""The published folder, judged by transformers, lm_eval, TRL and llama.cpp's converter; the upload,
+by a local Hub."""
 
 import hashlib
 import json
@@ -34,7 +35,9 @@ def gpt2_checkpoint(tmp_path_factory):
     """A small model with GPT-2's tokenizer and rows that pad it, saved without a run."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("checkpoint") / "model_00001.pt"
-    torch.save({"model": GPT(SMALL).state_dict(), "config": SMALL, "step": 1, "tokenizer": "gpt2"}, path)
+    torch.save(
+        {"model": GPT(SMALL).state_dict(), "config": SMALL, "step": 1, "tokenizer": "gpt2"}, path
+    )
     return path
 
 
@@ -90,10 +93,16 @@ def test_124m_has_its_148_tensors(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bytes"])
-def test_transformers_computes_the_same_logits(kind, gpt2_folder, gpt2_checkpoint, bytes_folder, trained):
+def test_transformers_computes_the_same_logits(
+    kind, gpt2_folder, gpt2_checkpoint, bytes_folder, trained
+):
     from transformers import AutoModelForCausalLM
 
-    folder, path = (gpt2_folder, gpt2_checkpoint) if kind == "gpt2" else (bytes_folder, trained / "model_checkpoint.pt")
+    folder, path = (
+        (gpt2_folder, gpt2_checkpoint)
+        if kind == "gpt2"
+        else (bytes_folder, trained / "model_checkpoint.pt")
+    )
     model, tokenizer = load_model(str(path))
     n_vocab = get_tokenizer(tokenizer).n_vocab
     twin = AutoModelForCausalLM.from_pretrained(folder)
@@ -107,10 +116,18 @@ def test_transformers_computes_the_same_logits(kind, gpt2_folder, gpt2_checkpoin
 def all_characters() -> list[str]:
     """Every character but lone surrogates, alone, between letters, and in long mixed lines."""
     characters = [
-        chr(c) for c in [*range(0xD800), *range(0xE000, 0x30000), *range(0xE0000, 0xE0200), *range(0x10FF00, 0x110000)]
+        chr(c)
+        for c in [
+            *range(0xD800),
+            *range(0xE000, 0x30000),
+            *range(0xE0000, 0xE0200),
+            *range(0x10FF00, 0x110000),
+        ]
     ]
     lines = ["".join(characters[i : i + 5000]) for i in range(0, len(characters), 5000)]
-    lines += ["".join(f"a{c}b {c}{c}\n" for c in characters[i : i + 5000]) for i in range(0, 70_000, 5000)]
+    lines += [
+        "".join(f"a{c}b {c}{c}\n" for c in characters[i : i + 5000]) for i in range(0, 70_000, 5000)
+    ]
     return [
         *lines,
         "  two  spaces\n\n\t tabs \r\n it's they'LL 1234 <|endoftext|> and <|endoftext|>after",
@@ -125,7 +142,10 @@ def all_characters() -> list[str]:
 def test_transformers_tokenizes_as_tiktoken(kind, gpt2_folder, bytes_folder):
     from transformers import AutoTokenizer
 
-    theirs, ours = AutoTokenizer.from_pretrained(gpt2_folder if kind == "gpt2" else bytes_folder), get_tokenizer(kind)
+    theirs, ours = (
+        AutoTokenizer.from_pretrained(gpt2_folder if kind == "gpt2" else bytes_folder),
+        get_tokenizer(kind),
+    )
     for text in all_characters():
         tokens = ours.encode(text, allowed_special="all")
         assert theirs(text)["input_ids"] == tokens
@@ -141,7 +161,9 @@ def test_all_our_scripts_take_the_folder(bytes_folder, trained, tmp_path, capsys
     write_hellaswag(tmp_path / "h.jsonl", 9)
     outputs = []
     for model in (bytes_folder, trained / "model_checkpoint.pt"):
-        assert sample.main(["a", "--model", str(model), "--max_new_tokens=30", "--num_samples=1"]) == 0
+        assert (
+            sample.main(["a", "--model", str(model), "--max_new_tokens=30", "--num_samples=1"]) == 0
+        )
         assert hellaswag.main(["--model", str(model), "--data", str(tmp_path / "h.jsonl")]) == 0
         printed = capsys.readouterr().out
         outputs.append((printed.partition("style")[0], printed.splitlines()[-1]))
@@ -151,22 +173,31 @@ def test_all_our_scripts_take_the_folder(bytes_folder, trained, tmp_path, capsys
 # ---- whole or absent, and checked ----
 
 
-def test_a_folder_is_not_overwritten_unasked(gpt2_checkpoint, bytes_folder, trained, tmp_path, capsys):
+def test_a_folder_is_not_overwritten_unasked(
+    gpt2_checkpoint, bytes_folder, trained, tmp_path, capsys
+):
     shutil.copytree(bytes_folder, tmp_path / "out")
     words = ["--model", str(trained / "model_checkpoint.pt"), "--out", str(tmp_path / "out")]
     (tmp_path / "out" / "stale").write_text("")
     assert export.main(words) == 2
     assert (
-        "is there already: --overwrite replaces it" in capsys.readouterr().err and (tmp_path / "out" / "stale").exists()
+        "is there already: --overwrite replaces it" in capsys.readouterr().err
+        and (tmp_path / "out" / "stale").exists()
     )
     shutil.copytree(bytes_folder, tmp_path / "out.old.tmp")  # of an earlier process that was killed
     shutil.copytree(bytes_folder, tmp_path / "out.old")  # the user's
     assert export.main([*words, "--overwrite"]) == 0
-    assert not (tmp_path / "out" / "stale").exists() and set(os.listdir(tmp_path)) == {"out", "out.old"}
+    assert not (tmp_path / "out" / "stale").exists() and set(os.listdir(tmp_path)) == {
+        "out",
+        "out.old",
+    }
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter").write_text("years of work")
     assert export.main([*words[:-1], str(tmp_path / "thesis"), "--overwrite"]) == 2
-    assert "is not an exported model" in capsys.readouterr().err and (tmp_path / "thesis" / "chapter").exists()
+    assert (
+        "is not an exported model" in capsys.readouterr().err
+        and (tmp_path / "thesis" / "chapter").exists()
+    )
 
 
 def test_only_a_folder_of_a_model_is_replaced_and_of_a_link_its_target(trained, tmp_path, capsys):
@@ -174,7 +205,10 @@ def test_only_a_folder_of_a_model_is_replaced_and_of_a_link_its_target(trained, 
     (tmp_path / "clone" / ".git").mkdir(parents=True)
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "clone" / name).write_text("{}")
-    assert export.main([*words, str(tmp_path / "clone")]) == 2 and (tmp_path / "clone" / ".git").exists()
+    assert (
+        export.main([*words, str(tmp_path / "clone")]) == 2
+        and (tmp_path / "clone" / ".git").exists()
+    )
     assert "is not an exported model" in capsys.readouterr().err
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to("disk")
@@ -192,7 +226,9 @@ def test_a_folder_without_a_name_is_refused(trained, tmp_path, capsys, monkeypat
 
 def test_a_model_that_comes_out_different_is_not_kept(trained, tmp_path, capsys, monkeypatch):
     write = export.export_weights
-    monkeypatch.setattr(export, "export_weights", lambda model: {n: t * 1.01 for n, t in write(model).items()})
+    monkeypatch.setattr(
+        export, "export_weights", lambda model: {n: t * 1.01 for n, t in write(model).items()}
+    )
     words = ["--model", str(trained / "model_checkpoint.pt"), "--out", str(tmp_path / "out")]
     assert export.main(words) == 1
     assert "its logits differ by" in capsys.readouterr().err and not list(tmp_path.iterdir())
@@ -204,9 +240,19 @@ def test_a_full_disk_leaves_nothing_and_keeps_the_old(trained, tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY));"
         " sys.exit(export.main(sys.argv[1:]))"
     )
-    words = ["--model", str(trained / "model_checkpoint.pt"), "--out", str(tmp_path / "out"), "--overwrite"]
+    words = [
+        "--model",
+        str(trained / "model_checkpoint.pt"),
+        "--out",
+        str(tmp_path / "out"),
+        "--overwrite",
+    ]
     done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
-    assert done.returncode == 1 and "can't be written" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert (
+        done.returncode == 1
+        and "can't be written" in done.stderr
+        and "Traceback" not in done.stderr
+    ), done.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -221,7 +267,10 @@ def test_the_card_says_what_was_measured(bytes_folder, gpt2_folder):
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
     assert card.data.license == "mit" and card.data.language == "en" and card.data.datasets is None
     losses = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert list(losses) == ["loss"] and f"| validation loss | {losses['loss']:.4f} nats per byte |" in card.text
+    assert (
+        list(losses) == ["loss"]
+        and f"| validation loss | {losses['loss']:.4f} nats per byte |" in card.text
+    )
     for piece in (
         "8 of 128 tokens, sequences of 16",
         "1,024 tokens seen",
@@ -233,41 +282,69 @@ def test_the_card_says_what_was_measured(bytes_folder, gpt2_folder):
         assert piece in card.text, piece
     assert card.text.count("```text") == 4
     bare = ModelCard.load(gpt2_folder / "README.md")
-    assert not bare.data.eval_results and "## Training" not in bare.text and "curve" not in bare.text
+    assert (
+        not bare.data.eval_results and "## Training" not in bare.text and "curve" not in bare.text
+    )
 
 
 def test_the_card_of_an_older_checkpoint_does_not_know_the_future(data_dir, tmp_path):
     from conftest import write_hellaswag
 
     write_hellaswag(tmp_path / "h.jsonl", 20)
-    changes = {"hellaswag_every": 4, "hellaswag_data": tmp_path / "h.jsonl", "save_every": 4, "val_every": 4}
+    changes = {
+        "hellaswag_every": 4,
+        "hellaswag_data": tmp_path / "h.jsonl",
+        "save_every": 4,
+        "val_every": 4,
+    }
     assert train.main(flags(data_dir=data_dir, log_dir=tmp_path / "log", **changes)) == 0
     log = [line.split() for line in (tmp_path / "log" / "log.txt").read_text().splitlines()]
-    assert export.main(["--model", str(tmp_path / "log" / "model_00004.pt"), "--out", str(tmp_path / "out")]) == 0
+    assert (
+        export.main(
+            ["--model", str(tmp_path / "log" / "model_00004.pt"), "--out", str(tmp_path / "out")]
+        )
+        == 0
+    )
     card = (tmp_path / "out" / "README.md").read_text()
     at_4 = {stream: float(value) for step, stream, value in log if step == "4"}
-    assert f"| validation loss | {at_4['val']:.4f} " in card and f"| HellaSwag | acc_norm {at_4['hella']:.4f} " in card
+    assert (
+        f"| validation loss | {at_4['val']:.4f} " in card
+        and f"| HellaSwag | acc_norm {at_4['hella']:.4f} " in card
+    )
 
 
 def test_the_card_dates_a_loss_that_is_older_than_its_weights(data_dir, tmp_path):
-    assert train.main(flags(data_dir=data_dir, log_dir=tmp_path / "log", val_every=4, save_every=3)) == 0
+    assert (
+        train.main(flags(data_dir=data_dir, log_dir=tmp_path / "log", val_every=4, save_every=3))
+        == 0
+    )
     for step, words in ((6, " nats per byte, at step 4 |"), (8, " nats per byte |")):
         out = tmp_path / str(step)
-        assert export.main(["--model", str(tmp_path / "log" / f"model_{step:05d}.pt"), "--out", str(out)]) == 0
+        assert (
+            export.main(
+                ["--model", str(tmp_path / "log" / f"model_{step:05d}.pt"), "--out", str(out)]
+            )
+            == 0
+        )
         loss = load_checkpoint(tmp_path / "log" / f"model_{step:05d}.pt")["val_loss"]
         assert f"| validation loss | {loss:.4f}{words}" in (out / "README.md").read_text()
 
 
 def test_the_card_of_a_run_that_an_older_version_began(data_dir, trained, tmp_path):
-    """Its checkpoints don't say at which step the loss was measured: it is taken for theirs, and stays at that step."""
+    """Its checkpoints don't say at which step the loss was measured: it is taken for theirs, and
+    stays at that step."""
     state = load_checkpoint(trained / "model_00006.pt")
     del state["val_step"]
     torch.save(state, tmp_path / "model_00006.pt")
     assert train.main(flags(data_dir=data_dir, log_dir=tmp_path, val_every=0, val_tokens=256)) == 0
     for step, words in ((6, " nats per byte |"), (8, " nats per byte, at step 6 |")):
         out = tmp_path / str(step)
-        assert export.main(["--model", str(tmp_path / f"model_{step:05d}.pt"), "--out", str(out)]) == 0
-        assert f"| validation loss | {state['val_loss']:.4f}{words}" in (out / "README.md").read_text()
+        assert (
+            export.main(["--model", str(tmp_path / f"model_{step:05d}.pt"), "--out", str(out)]) == 0
+        )
+        assert (
+            f"| validation loss | {state['val_loss']:.4f}{words}" in (out / "README.md").read_text()
+        )
 
 
 def test_the_card_names_no_directory_of_its_owner(trained, tmp_path):
@@ -279,7 +356,11 @@ def test_the_card_names_no_directory_of_its_owner(trained, tmp_path):
     torch.save(state, path)
     assert export.main(["--model", str(path), "--out", str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "private" not in card and "name: text.txt, validation shard" in card and "| data | text.txt: " in card
+    assert (
+        "private" not in card
+        and "name: text.txt, validation shard" in card
+        and "| data | text.txt: " in card
+    )
 
 
 def test_every_file_of_the_folder_follows_the_umask(trained, tmp_path):
@@ -295,29 +376,56 @@ def test_every_file_of_the_folder_follows_the_umask(trained, tmp_path):
 
 
 def push(hub, token, folder, model, *words, **environment):
-    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token} | environment
+    environment = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": token,
+    } | environment
     return script(
-        "export.py", "--model", model, "--out", folder, *words, env={k: v for k, v in environment.items() if v}
+        "export.py",
+        "--model",
+        model,
+        "--out",
+        folder,
+        *words,
+        env={k: v for k, v in environment.items() if v},
     )
 
 
 def test_upload_end_to_end(trained, tmp_path):
     with Hub() as hub:
-        words = (tmp_path / "out", trained / "model_checkpoint.pt", "--push_to_hub=someone/GPT-tiny")
+        words = (
+            tmp_path / "out",
+            trained / "model_checkpoint.pt",
+            "--push_to_hub=someone/GPT-tiny",
+        )
         done = push(hub, "hf_goodtoken", *words)
         assert done.returncode == 0, done.stderr
-        assert f"{hub.url}/someone/GPT-tiny" in done.stdout and hub.private["someone/GPT-tiny"] is True
+        assert (
+            f"{hub.url}/someone/GPT-tiny" in done.stdout and hub.private["someone/GPT-tiny"] is True
+        )
         uploaded = hub.repositories["someone/GPT-tiny"]
         local = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
         assert {name: uploaded[name] for name in local} == local and set(uploaded) == set(local)
         assert len([path for _, path in hub.requests if "/commit/" in path]) == 1
-        order = [path for _, path in hub.requests if path.startswith("/api/") and "harness" not in path]
+        order = [
+            path for _, path in hub.requests if path.startswith("/api/") and "harness" not in path
+        ]
         assert order[0] == "/api/whoami-v2" and "/api/repos/create" in order[1]
         everything = (
-            done.stdout + done.stderr + "".join(p.read_text(errors="replace") for p in (tmp_path / "out").iterdir())
+            done.stdout
+            + done.stderr
+            + "".join(p.read_text(errors="replace") for p in (tmp_path / "out").iterdir())
         )
         assert "hf_goodtoken" not in everything
-        done = push(hub, "hf_goodtoken", tmp_path / "public", words[1], "--push_to_hub=someone/open", "--public")
+        done = push(
+            hub,
+            "hf_goodtoken",
+            tmp_path / "public",
+            words[1],
+            "--push_to_hub=someone/open",
+            "--public",
+        )
         assert done.returncode == 0 and hub.private["someone/open"] is False
 
 
@@ -334,17 +442,27 @@ def test_upload_end_to_end(trained, tmp_path):
     ],
 )
 def test_what_goes_wrong_with_the_hub_is_one_message(case, message, trained, tmp_path):
-    token = {"no token": "", "bad token": "hf_badtoken", "read-only": "hf_readtoken"}.get(case, "hf_goodtoken")
-    name = {"bad name": "a/b/c", "no owner": "x"}.get(case, "someone/x")
-    environment = {"offline": {"HF_HUB_OFFLINE": "1"}, "no network": {"HF_ENDPOINT": "http://127.0.0.1:9"}}.get(
-        case, {}
+    token = {"no token": "", "bad token": "hf_badtoken", "read-only": "hf_readtoken"}.get(
+        case, "hf_goodtoken"
     )
+    name = {"bad name": "a/b/c", "no owner": "x"}.get(case, "someone/x")
+    environment = {
+        "offline": {"HF_HUB_OFFLINE": "1"},
+        "no network": {"HF_ENDPOINT": "http://127.0.0.1:9"},
+    }.get(case, {})
     environment["HF_HOME"] = str(tmp_path / "home")
     with Hub() as hub:
         done = push(
-            hub, token, tmp_path / "out", trained / "model_checkpoint.pt", f"--push_to_hub={name}", **environment
+            hub,
+            token,
+            tmp_path / "out",
+            trained / "model_checkpoint.pt",
+            f"--push_to_hub={name}",
+            **environment,
         )
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, (
+            done.stderr
+        )
         assert not token or token not in done.stdout + done.stderr
         assert not any("/commit/" in path for _, path in hub.requests)
     if case == "read-only":  # that one the Hub tells only when the repository is created
@@ -360,8 +478,14 @@ def test_the_plain_upload_folder_works_too(bytes_folder):
         " repo_id='you/GPT124M')"
     )
     with Hub({"you/GPT124M": {}}) as hub:
-        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_goodtoken"}
-        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": "hf_goodtoken",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         assert set(hub.repositories["you/GPT124M"]) == set(os.listdir(bytes_folder))
 
@@ -371,18 +495,31 @@ def test_the_plain_upload_folder_works_too(bytes_folder):
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
 def test_weights_from_the_hub_by_name(name, gpt2_folder, tmp_path):
-    """A small model under each of OpenAI's names: sampled, and trained on, in its own rows and shape."""
-    files = {path: (gpt2_folder / path).read_bytes() for path in ("config.json", "model.safetensors")}
+    """A small model under each of OpenAI's names: sampled, and trained on, in its own rows and
+    shape."""
+    files = {
+        path: (gpt2_folder / path).read_bytes() for path in ("config.json", "model.safetensors")
+    }
     write_shards(tmp_path / "data", {"val": [600], "train": [2000]}, n_vocab=50257, manifest=False)
     with Hub({name: files}) as hub:
-        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+        environment = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_DISABLE_XET": "1",
+        }
         done = script("sample.py", "Hello", "--model", name, "--num_samples=1", env=environment)
         assert done.returncode == 0 and "Hello" in done.stdout, done.stderr
         shape = {"n_layer": None, "n_head": None, "n_embd": None, "init_from": name}
         words = flags(data_dir=tmp_path / "data", log_dir=tmp_path / "log", max_steps=2, **shape)
         done = script("train.py", *words, env=environment)
         assert done.returncode == 0 and ", a vocabulary of 50257" in done.stdout, done.stderr
-        done = script("train.py", *words, "--vocab_size=50304", f"--log_dir={tmp_path / 'other'}", env=environment)
+        done = script(
+            "train.py",
+            *words,
+            "--vocab_size=50304",
+            f"--log_dir={tmp_path / 'other'}",
+            env=environment,
+        )
         assert done.returncode == 2 and "--vocab_size 50304 contradicts --init_from" in done.stderr
 
 
@@ -399,9 +536,13 @@ def test_transformers_pipeline_batches_and_bf16(gpt2_folder):
     tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(gpt2_folder)
     prompts = ["Hello", "A much longer prompt than the other"]
-    batch = model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=8, do_sample=False)
+    batch = model.generate(
+        **tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=8, do_sample=False
+    )
     for prompt, row in zip(prompts, batch, strict=True):
-        alone = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=8, do_sample=False)
+        alone = model.generate(
+            **tokenizer(prompt, return_tensors="pt"), max_new_tokens=8, do_sample=False
+        )
         assert torch.equal(row[-8:], alone[0, -8:])
     half = AutoModelForCausalLM.from_pretrained(gpt2_folder, dtype=torch.bfloat16)
     idx = torch.randint(50257, (1, 16))
@@ -456,6 +597,8 @@ metric_list: [{{metric: acc}}]
         tmp_path,
     ]
     done = subprocess.run(
-        [Path(sys.executable).parent / command[0], *command[1:], "--device", "cpu"], capture_output=True, text=True
+        [Path(sys.executable).parent / command[0], *command[1:], "--device", "cpu"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0 and re.search(r"local.*acc", done.stdout), done.stderr[-2000:]

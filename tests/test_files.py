@@ -29,7 +29,10 @@ def test_whole_or_absent(tmp_path):
 
 def test_a_full_disk_leaves_nothing(tmp_path):
     (tmp_path / "file.tmp").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"No space left on device: .*file'"), whole_file(tmp_path / "file") as file:
+    with (
+        pytest.raises(OSError, match=r"No space left on device: .*file'"),
+        whole_file(tmp_path / "file") as file,
+    ):
         file.write(b"x" * 100_000)
     assert os.listdir(tmp_path) == []
 
@@ -51,13 +54,19 @@ def test_one_writer_and_none_after_its_death(tmp_path):
     assert holder.stdout.readline()
     (tmp_path / "d" / "half.npy.tmp").write_text("left over")
     (tmp_path / "d" / "thesis.tmp").mkdir()
-    with pytest.raises(UserError, match=f"is being written by process {holder.pid} on "), only_writer(tmp_path / "d"):
+    with (
+        pytest.raises(UserError, match=f"is being written by process {holder.pid} on "),
+        only_writer(tmp_path / "d"),
+    ):
         pass
     assert (tmp_path / "d" / "half.npy.tmp").exists()  # it may be the holder's
     holder.kill()
     holder.wait()
     with only_writer(tmp_path / "d", "*.npy"):
-        assert not (tmp_path / "d" / "half.npy.tmp").exists() and (tmp_path / "d" / "thesis.tmp").exists()
+        assert (
+            not (tmp_path / "d" / "half.npy.tmp").exists()
+            and (tmp_path / "d" / "thesis.tmp").exists()
+        )
 
 
 def test_a_child_does_not_keep_the_lock(tmp_path):
@@ -72,7 +81,10 @@ def test_a_child_does_not_keep_the_lock(tmp_path):
 
 def test_a_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write to"), only_writer(tmp_path / "file" / "below"):
+    with (
+        pytest.raises(UserError, match="cannot write to"),
+        only_writer(tmp_path / "file" / "below"),
+    ):
         pass
 
 
@@ -87,7 +99,15 @@ CASES = [  # script, call, error, path, times, what it says ("": nothing), exit 
     ("data_generator.py", "lock", "ENOLCK", ".lock", None, LOCKS, 0),
     ("train.py", "symlink", "EPERM", "model_checkpoint", None, LINKS, 0),
     ("train.py", "mmap+read", "ENODEV", ".npy", None, MAPS, 0),
-    ("train.py", "fsync", "EIO", "model_00008.pt", None, "the last checkpoint could not be saved in", 1),
+    (
+        "train.py",
+        "fsync",
+        "EIO",
+        "model_00008.pt",
+        None,
+        "the last checkpoint could not be saved in",
+        1,
+    ),
 ]
 MORE_CASES = [
     ("data_generator.py", "flushdir", "EINVAL", "data", None, FLUSHES, 0),
@@ -100,13 +120,29 @@ MORE_CASES = [
     ("data_generator.py", "flushdir", "EBADF", "data", None, FLUSHES, 0),
     ("data_generator.py", "stat", "ESTALE", "docs.jsonl", 1, "", 0),
     ("data_generator.py", "read", None, "data/", None, "", 0),
-    ("data_generator.py", "fsync", "EIO", "train_000002", 1, "train_000002.npy can't be written", 1),
+    (
+        "data_generator.py",
+        "fsync",
+        "EIO",
+        "train_000002",
+        1,
+        "train_000002.npy can't be written",
+        1,
+    ),
     ("train.py", "lock", "ENOLCK", ".lock", None, LOCKS, 0),
     ("train.py", "symlink", "EOPNOTSUPP", "model_checkpoint", None, LINKS, 0),
     ("train.py", "flushdir", "EINVAL", "log", None, FLUSHES, 0),
     ("train.py", "rename", "EEXIST", "", None, RENAMES, 0),
     ("train.py", "stat", "ESTALE", "model_0", 1, "", 0),
-    ("train.py", "fsync", "EIO", "model_00006.pt", 1, "model_00006.pt could not be saved ([Errno 5]", 0),
+    (
+        "train.py",
+        "fsync",
+        "EIO",
+        "model_00006.pt",
+        1,
+        "model_00006.pt could not be saved ([Errno 5]",
+        0,
+    ),
     ("export.py", "flushdir", "EINVAL", "out", None, FLUSHES, 0),
     ("export.py", "stat", "ESTALE", "model_0", 1, "", 0),
     ("export.py", "read", None, "model_0", None, "", 0),
@@ -127,7 +163,9 @@ def faults(tmp_path_factory):
 def undisturbed(tmp_path_factory, data_dir, trained):
     """What each script makes where nothing fails."""
     directory = tmp_path_factory.mktemp("undisturbed")
-    (directory / "docs.jsonl").write_text("".join(f'{{"text": "document {n}"}}\n' for n in range(400)))
+    (directory / "docs.jsonl").write_text(
+        "".join(f'{{"text": "document {n}"}}\n' for n in range(400))
+    )
     for name in ("data_generator.py", "export.py"):
         assert script(*command(name, directory, directory, data_dir, trained)).returncode == 0
     return directory
@@ -154,7 +192,12 @@ def contents(directory) -> dict[str, bytes]:
 )
 def test_what_a_file_system_cannot_do(case, faults, undisturbed, data_dir, trained, tmp_path):
     name, call, error, path, times, says, code = case
-    environment = {"LD_PRELOAD": faults, "FAULT_CALL": call, "FAULT_PATH": path, "FAULT_TIMES": times}
+    environment = {
+        "LD_PRELOAD": faults,
+        "FAULT_CALL": call,
+        "FAULT_PATH": path,
+        "FAULT_TIMES": times,
+    }
     environment["FAULT_ERRNO"] = getattr(errno, error) if error else None
     environment = {key: str(value) for key, value in environment.items() if value is not None}
     words = command(name, tmp_path, undisturbed, data_dir, trained)
@@ -165,7 +208,9 @@ def test_what_a_file_system_cannot_do(case, faults, undisturbed, data_dir, train
     assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
     printed = done.stdout + done.stderr
     assert printed.count(says) == 1 if says else "WARNING" not in printed, printed
-    if code or "could not be saved" in says:  # a real fault: nothing that was whole is lost, and the next run goes on
+    if (
+        code or "could not be saved" in says
+    ):  # a real fault: nothing that was whole is lost, and the next run goes on
         assert script(*words).returncode == 0
     if name == "train.py":
         newest = torch.load(tmp_path / "log" / "model_checkpoint.pt")
@@ -182,8 +227,14 @@ def test_what_a_file_system_cannot_do(case, faults, undisturbed, data_dir, train
 
 
 @pytest.mark.slow
-def test_without_links_the_run_goes_on_and_every_script_finds_its_model(faults, data_dir, trained, tmp_path):
-    environment = {"LD_PRELOAD": str(faults), "FAULT_CALL": "symlink", "FAULT_ERRNO": str(errno.EPERM)}
+def test_without_links_the_run_goes_on_and_every_script_finds_its_model(
+    faults, data_dir, trained, tmp_path
+):
+    environment = {
+        "LD_PRELOAD": str(faults),
+        "FAULT_CALL": "symlink",
+        "FAULT_ERRNO": str(errno.EPERM),
+    }
     for steps in (3, 8):
         words = flags(data_dir=data_dir, log_dir=tmp_path / "log", max_steps=steps)
         assert script("train.py", *words, env=environment).returncode == 0

@@ -1,4 +1,5 @@
-"""HellaSwag against a brute-force scorer, against lm-evaluation-harness itself, and from a local Hub."""
+"""HellaSwag against a brute-force scorer, against lm-evaluation-harness itself, and from a local
+Hub."""
 
 import io
 import json
@@ -57,16 +58,23 @@ def test_scores_are_those_of_brute_force(style, model, tmp_path):
             else:
 
                 def clean(text):
-                    return re.sub("\\[.*?\\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+                    return re.sub("\\[.*?\\]", "", text.strip().replace(" [title]", ". ")).replace(
+                        "  ", " "
+                    )
 
-                query = clean(f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}")
+                query = clean(
+                    f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}"
+                )
                 context = encoding.encode(query.rstrip())
                 tokens = encoding.encode(query + " " + clean(ending))[len(context) :]
                 length = len(clean(ending))
             cut += len(context) + len(tokens) - 1 > 64
             sums.append(brute_force(model, context, tokens))
             means.append(sums[-1] / length)
-            assert abs(got[number, choice] - sums[-1]) < 2e-4 * max(1, sums[-1] / 10), (number, choice)
+            assert abs(got[number, choice] - sums[-1]) < 2e-4 * max(1, sums[-1] / 10), (
+                number,
+                choice,
+            )
         right += int(np.argmin(sums)) == int(example["label"])
         right_norm += int(np.argmin(means)) == int(example["label"])
     assert 0 < cut < 240  # both kinds are there
@@ -77,9 +85,12 @@ def test_batches_change_nothing(model, tmp_path):
     write_hellaswag(tmp_path / "h.jsonl", 30)
     examples = load_examples(str(tmp_path / "h.jsonl"))
     results = [
-        losses(model, prepare(examples, get_tokenizer("gpt2"), "completion", 64, budget)) for budget in (1, 200, 10**6)
+        losses(model, prepare(examples, get_tokenizer("gpt2"), "completion", 64, budget))
+        for budget in (1, 200, 10**6)
     ]
-    assert np.allclose(results[0], results[1], atol=1e-4) and np.allclose(results[0], results[2], atol=1e-4)
+    assert np.allclose(results[0], results[1], atol=1e-4) and np.allclose(
+        results[0], results[2], atol=1e-4
+    )
 
 
 def test_of_equal_scores_the_first_counts():
@@ -87,7 +98,14 @@ def test_of_equal_scores_the_first_counts():
     assert count_right(questions, np.array([[2.0, 2.0, 3.0, 3.0], [2.0, 2.0, 3.0, 3.0]])) == (1, 1)
 
 
-GOOD = {"ctx": "a", "ctx_a": "a", "ctx_b": "", "activity_label": "x", "endings": ["a", "b", "c", "d"], "label": 1}
+GOOD = {
+    "ctx": "a",
+    "ctx_a": "a",
+    "ctx_b": "",
+    "activity_label": "x",
+    "endings": ["a", "b", "c", "d"],
+    "label": 1,
+}
 
 
 @pytest.mark.parametrize(
@@ -114,7 +132,9 @@ def test_a_bad_line_is_named(line, message, tmp_path):
 
 
 def test_labels_are_numbers_or_strings(tmp_path):
-    (tmp_path / "h.jsonl").write_text(json.dumps(GOOD) + "\n\n" + json.dumps(GOOD | {"label": "2"}) + "\n")
+    (tmp_path / "h.jsonl").write_text(
+        json.dumps(GOOD) + "\n\n" + json.dumps(GOOD | {"label": "2"}) + "\n"
+    )
     assert [example["label"] for example in load_examples(str(tmp_path / "h.jsonl"))] == [1, 2]
     (tmp_path / "empty.jsonl").write_text("")
     for name, message in {"empty.jsonl": "has no examples", "none.jsonl": "can't be read"}.items():
@@ -125,16 +145,36 @@ def test_labels_are_numbers_or_strings(tmp_path):
 def test_command_line(trained, tmp_path):
     write_hellaswag(tmp_path / "h.jsonl", 20)
     done = script(
-        "hellaswag.py", "--model", trained / "model_checkpoint.pt", "--data", tmp_path / "h.jsonl", "--limit=10"
+        "hellaswag.py",
+        "--model",
+        trained / "model_checkpoint.pt",
+        "--data",
+        tmp_path / "h.jsonl",
+        "--limit=10",
     )
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
-    assert re.fullmatch(r"hellaswag style=completion n=10 acc=0\.\d{4} acc_norm=0\.\d{4} stderr=0\.\d{4}", last), last
-    assert "GPT-2 124M, published" in done.stdout and "0.2955" in done.stdout and "hellaswag: 100%" in done.stderr
-    done = script(
-        "hellaswag.py", "--model", trained / "model_checkpoint.pt", "--data", tmp_path / "h.jsonl", "--style=harness"
+    assert re.fullmatch(
+        r"hellaswag style=completion n=10 acc=0\.\d{4} acc_norm=0\.\d{4} stderr=0\.\d{4}", last
+    ), last
+    assert (
+        "GPT-2 124M, published" in done.stdout
+        and "0.2955" in done.stdout
+        and "hellaswag: 100%" in done.stderr
     )
-    assert done.returncode == 0 and "0.3114" in done.stdout and "hellaswag style=harness n=20" in done.stdout
+    done = script(
+        "hellaswag.py",
+        "--model",
+        trained / "model_checkpoint.pt",
+        "--data",
+        tmp_path / "h.jsonl",
+        "--style=harness",
+    )
+    assert (
+        done.returncode == 0
+        and "0.3114" in done.stdout
+        and "hellaswag style=harness n=20" in done.stdout
+    )
 
 
 # ---- in training ----
@@ -146,12 +186,19 @@ def hella_lines(log_dir) -> list[str]:
 
 def test_the_score_of_a_run_is_the_same_for_any_number_of_ranks(data_dir, tmp_path):
     write_hellaswag(tmp_path / "h.jsonl", 23)
-    common = {"data_dir": data_dir, "hellaswag_every": 4, "hellaswag_data": tmp_path / "h.jsonl", "seq_len": 64}
+    common = {
+        "data_dir": data_dir,
+        "hellaswag_every": 4,
+        "hellaswag_data": tmp_path / "h.jsonl",
+        "seq_len": 64,
+    }
     common |= {"batch_size": 1, "total_batch_size": 256, "max_steps": 4}
     assert train.main(flags(log_dir=tmp_path / "1", **common)) == 0
     assert (
         torchrun(
-            3, "train.py", *flags(log_dir=tmp_path / "3", **common | {"total_batch_size": 192, "max_steps": 1})
+            3,
+            "train.py",
+            *flags(log_dir=tmp_path / "3", **common | {"total_batch_size": 192, "max_steps": 1}),
         ).returncode
         == 0
     )
@@ -159,7 +206,13 @@ def test_the_score_of_a_run_is_the_same_for_any_number_of_ranks(data_dir, tmp_pa
     assert [line.split()[0] for line in hella_lines(tmp_path / "1")] == ["0", "4"]
     assert hella_lines(tmp_path / "1") == hella_lines(tmp_path / "4")
     assert hella_lines(tmp_path / "3")[0] == hella_lines(tmp_path / "1")[0]
-    done = script("hellaswag.py", "--model", tmp_path / "1" / "model_checkpoint.pt", "--data", tmp_path / "h.jsonl")
+    done = script(
+        "hellaswag.py",
+        "--model",
+        tmp_path / "1" / "model_checkpoint.pt",
+        "--data",
+        tmp_path / "h.jsonl",
+    )
     score = float(re.search(r"acc_norm=(\S+)", done.stdout.splitlines()[-1])[1])
     assert abs(score - float(hella_lines(tmp_path / "1")[-1].split()[2])) < 5e-5
 
@@ -177,20 +230,33 @@ def repository(n: int) -> dict[str, bytes]:
 def test_the_hubs_data_is_fetched_by_one_rank_cached_and_counted(data_dir, tmp_path):
     with Hub({"datasets/Rowan/hellaswag": repository(10_042)}) as hub:
         environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
-        common = {"data_dir": data_dir, "hellaswag_every": 1, "max_steps": 1, "n_layer": 1, "n_embd": 8, "val_every": 0}
+        common = {
+            "data_dir": data_dir,
+            "hellaswag_every": 1,
+            "max_steps": 1,
+            "n_layer": 1,
+            "n_embd": 8,
+            "val_every": 0,
+        }
         done = torchrun(2, "train.py", *flags(log_dir=tmp_path / "log", **common), env=environment)
         assert done.returncode == 0, done.stderr
         assert "10,042 examples" in done.stdout and len(hella_lines(tmp_path / "log")) == 2
-        fetched = [path for method, path in hub.requests if method == "GET" and path.endswith(".parquet")]
+        fetched = [
+            path for method, path in hub.requests if method == "GET" and path.endswith(".parquet")
+        ]
         assert len(fetched) == 1
         hub.requests.clear()
         words = ["hellaswag.py", "--model", tmp_path / "log" / "model_checkpoint.pt", "--limit=50"]
         done = script(*words, env=environment)
         assert done.returncode == 0 and "n=50" in done.stdout, done.stderr
-        assert not [path for method, path in hub.requests if method == "GET" and path.endswith(".parquet")]
+        assert not [
+            path for method, path in hub.requests if method == "GET" and path.endswith(".parquet")
+        ]
     with Hub({"datasets/Rowan/hellaswag": repository(77)}) as hub:
         done = script(*words, env={"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf2")})
-        assert done.returncode == 2 and "has 77 examples instead of 10042" in done.stderr, done.stderr
+        assert done.returncode == 2 and "has 77 examples instead of 10042" in done.stderr, (
+            done.stderr
+        )
 
 
 # ---- lm-evaluation-harness ----
@@ -232,9 +298,15 @@ def test_harness_style_is_lm_evaluation_harness(tmp_path, data_dir):
     with torch.no_grad():
         wide.transformer.wte.weight.mul_(8)
     torch.save(
-        {"model": wide.state_dict(), "config": wide.config, "step": 1, "tokenizer": "gpt2"}, tmp_path / "model_00001.pt"
+        {"model": wide.state_dict(), "config": wide.config, "step": 1, "tokenizer": "gpt2"},
+        tmp_path / "model_00001.pt",
     )
-    assert export.main(["--model", str(tmp_path / "model_00001.pt"), "--out", str(tmp_path / "folder")]) == 0
+    assert (
+        export.main(
+            ["--model", str(tmp_path / "model_00001.pt"), "--out", str(tmp_path / "folder")]
+        )
+        == 0
+    )
     write_hellaswag(tmp_path / "h.jsonl", 120)
     text = (tmp_path / "h.jsonl").read_text()  # labels as the Hub has them
     (tmp_path / "h.jsonl").write_text(re.sub(r'"label": (\d)', r'"label": "\1"', text))
@@ -244,7 +316,11 @@ def test_harness_style_is_lm_evaluation_harness(tmp_path, data_dir):
     theirs = json.loads((tmp_path / "out.json").read_text())
     model, tokenizer = load_model(str(tmp_path / "folder"))
     questions = prepare(
-        load_examples(str(tmp_path / "h.jsonl"), "harness"), get_tokenizer(tokenizer), "harness", 96, 2048
+        load_examples(str(tmp_path / "h.jsonl"), "harness"),
+        get_tokenizer(tokenizer),
+        "harness",
+        96,
+        2048,
     )
     ours = losses(model, questions)
     assert np.abs(ours + np.array(theirs["samples"])).max() < 1e-4 * max(1, ours.max() / 10)

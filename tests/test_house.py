@@ -26,7 +26,9 @@ FILES = {name: ROOT / (name.replace(".", "/") + ".py") for name in MAY_IMPORT}
 
 
 def test_these_files_and_no_others():
-    there = {str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.py"), *(ROOT / "lib").glob("*.py")]}
+    there = {
+        str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.py"), *(ROOT / "lib").glob("*.py")]
+    }
     assert there == {str(path.relative_to(ROOT)) for path in FILES.values()} | {"lib/__init__.py"}
 
 
@@ -36,10 +38,16 @@ def test_the_arrows_go_one_way(name):
     for node in ast.walk(ast.parse(FILES[name].read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
-            names = [f"lib.{alias.name}" for alias in node.names] if node.module == "lib" else [node.module]
+            names = (
+                [f"lib.{alias.name}" for alias in node.names]
+                if node.module == "lib"
+                else [node.module]
+            )
         for imported in names:
             if imported.partition(".")[0] in ours:
-                assert {imported, imported.partition(".")[0]} & MAY_IMPORT[name], f"{name} imports {imported}"
+                assert {imported, imported.partition(".")[0]} & MAY_IMPORT[name], (
+                    f"{name} imports {imported}"
+                )
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -50,11 +58,18 @@ def test_the_sizes_of_one_sitting(name):
         nodes = list(ast.walk(ast.parse(source)))
         functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
         assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 130
-        assert not [n.name for f in functions for n in ast.walk(f) if isinstance(n, ast.FunctionDef) and n is not f]
+        assert not [
+            n.name
+            for f in functions
+            for n in ast.walk(f)
+            if isinstance(n, ast.FunctionDef) and n is not f
+        ]
         assert max(node.col_offset for node in nodes if isinstance(node, ast.stmt)) <= 4 * 4
 
 
 def test_ranks_talk_to_each_other_in_one_file():
     for name, path in FILES.items():
-        found = re.search(r"\bdist\.|torch\.distributed|all_reduce|all_gather|barrier\(", path.read_text())
+        found = re.search(
+            r"\bdist\.|torch\.distributed|all_reduce|all_gather|barrier\(", path.read_text()
+        )
         assert name == "lib.ranks" or not found, (name, found)

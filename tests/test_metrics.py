@@ -17,7 +17,11 @@ from metrics import Log, flops_per_token, peak_flops, read_log
 
 
 def test_flops_of_124m():
-    assert flops_per_token(GPTConfig(vocab_size=50304), 1024) == 854_654_976 == 6 * 123_568_128 + 12 * 12 * 768 * 1024
+    assert (
+        flops_per_token(GPTConfig(vocab_size=50304), 1024)
+        == 854_654_976
+        == 6 * 123_568_128 + 12 * 12 * 768 * 1024
+    )
 
 
 def test_peak_rates_by_name():
@@ -32,7 +36,12 @@ def test_peak_rates_by_name():
 
 
 def test_duration():
-    assert [metrics.duration(s) for s in (0, 61, 3600, 90_000)] == ["0m00s", "1m01s", "1h00m", "25h00m"]
+    assert [metrics.duration(s) for s in (0, 61, 3600, 90_000)] == [
+        "0m00s",
+        "1m01s",
+        "1h00m",
+        "25h00m",
+    ]
 
 
 def test_log_lines_and_what_a_resumed_run_drops(tmp_path):
@@ -86,16 +95,32 @@ def test_a_log_waits_for_a_disk_with_room(tmp_path):
 
 
 def test_lines_that_are_torn_or_edited_are_passed_over(tmp_path, capsys):
-    (tmp_path / "log.txt").write_text("0 val 5.5\n1 val 5,4\n2 val 5.\0\n3 val nan\n4 val -inf\n5 lr 6e-05\n6 val 5")
+    (tmp_path / "log.txt").write_text(
+        "0 val 5.5\n1 val 5,4\n2 val 5.\0\n3 val nan\n4 val -inf\n5 lr 6e-05\n6 val 5"
+    )
     assert metrics.main([str(tmp_path)]) == 0
-    assert [step for step, _ in read_log(tmp_path)["val"]] == [0, 3, 4] and read_log(tmp_path)["lr"] == [(5, 6e-5)]
+    assert [step for step, _ in read_log(tmp_path)["val"]] == [0, 3, 4] and read_log(tmp_path)[
+        "lr"
+    ] == [(5, 6e-5)]
     (tmp_path / "run.json").write_text("{")
-    assert metrics.main([str(tmp_path)]) == 2 and "run.json can't be read" in capsys.readouterr().err
-    assert metrics.main([str(tmp_path), "--follow"]) == 2 and "--tracker: give one" in capsys.readouterr().err
+    assert (
+        metrics.main([str(tmp_path)]) == 2 and "run.json can't be read" in capsys.readouterr().err
+    )
+    assert (
+        metrics.main([str(tmp_path), "--follow"]) == 2
+        and "--tracker: give one" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
-    "case", [{}, {"train": 1}, {"train": 2, "hella": False}, {"val": False, "hella": False}, {"dataset": None}]
+    "case",
+    [
+        {},
+        {"train": 1},
+        {"train": 2, "hella": False},
+        {"val": False, "hella": False},
+        {"dataset": None},
+    ],
 )
 def test_curves_of_all_kinds_of_runs(case, tmp_path):
     from matplotlib.image import imread
@@ -119,7 +144,11 @@ def test_reference_lines_stand_only_where_they_compare(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
     lines, axhline = [], Axes.axhline
-    monkeypatch.setattr(Axes, "axhline", lambda self, y, **options: (lines.append(y), axhline(self, y, **options))[1])
+    monkeypatch.setattr(
+        Axes,
+        "axhline",
+        lambda self, y, **options: (lines.append(y), axhline(self, y, **options))[1],
+    )
     write_run(tmp_path, 60)
     metrics.plot(tmp_path)
     assert lines == [3.2924, 0.2955, 0.337]
@@ -139,20 +168,31 @@ def test_command_line(tmp_path, capsys):
 
 def test_a_missing_tracker_is_one_message(tmp_path):
     write_run(tmp_path, 5)
-    program = "import sys; sys.modules['wandb'] = None\nsys.path.insert(0, sys.argv[1])\nimport metrics\n"
+    program = (
+        "import sys; sys.modules['wandb'] = None\nsys.path.insert(0, sys.argv[1])\nimport metrics\n"
+    )
     program += "sys.exit(metrics.main([sys.argv[2], '--tracker', 'wandb']))"
     import subprocess
     import sys
 
-    done = subprocess.run([sys.executable, "-c", program, str(ROOT), str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 2 and "the package wandb is not installed: pip install wandb" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(ROOT), str(tmp_path)], capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 2
+        and "the package wandb is not installed: pip install wandb" in done.stderr
+    )
 
 
 @pytest.mark.slow
 def test_a_tracker_without_a_key_is_one_message(tmp_path):
     write_run(tmp_path, 2)
-    done = script("metrics.py", tmp_path, "--tracker=wandb", env={"HOME": str(tmp_path), "WANDB_API_KEY": ""})
-    assert done.returncode == 2 and "error: --tracker wandb: UsageError: No API key" in done.stderr, done.stderr
+    done = script(
+        "metrics.py", tmp_path, "--tracker=wandb", env={"HOME": str(tmp_path), "WANDB_API_KEY": ""}
+    )
+    assert (
+        done.returncode == 2 and "error: --tracker wandb: UsageError: No API key" in done.stderr
+    ), done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -162,27 +202,44 @@ def test_tensorboard_has_every_value(follow, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     write_run(tmp_path, 60)
-    command = [sys.executable, str(ROOT / "metrics.py"), str(tmp_path), "--tracker=tensorboard", *follow]
+    command = [
+        sys.executable,
+        str(ROOT / "metrics.py"),
+        str(tmp_path),
+        "--tracker=tensorboard",
+        *follow,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert any(line.startswith("drawn") for line in process.stdout)
     if follow:  # the run still saves its last checkpoint
         time.sleep(3)
         Log(tmp_path, 60).write(59, save_s=1.5)
     assert process.wait(timeout=60) == 0
-    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
+    events = EventAccumulator(
+        str(tmp_path / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}
+    ).Reload()
     for stream, points in read_log(tmp_path).items():
         if stream in events.Tags()["scalars"]:
             got = [(event.step, event.value) for event in events.Scalars(stream)]
         else:
-            got = [(event.step, event.tensor_proto.float_val[0]) for event in events.Tensors(stream)]
+            got = [
+                (event.step, event.tensor_proto.float_val[0]) for event in events.Tensors(stream)
+            ]
         assert [step for step, _ in got] == [step for step, _ in points], stream
-        assert all(math.isclose(a, b, rel_tol=1e-5) for (_, a), (_, b) in zip(got, points, strict=True))
+        assert all(
+            math.isclose(a, b, rel_tol=1e-5) for (_, a), (_, b) in zip(got, points, strict=True)
+        )
 
 
 @pytest.mark.slow
 def test_wandb_offline_has_every_step(tmp_path):
     write_run(tmp_path, 60)
-    done = script("metrics.py", tmp_path, "--tracker=wandb", env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
+    done = script(
+        "metrics.py",
+        tmp_path,
+        "--tracker=wandb",
+        env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"},
+    )
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     got = {}
@@ -194,7 +251,8 @@ def test_wandb_offline_has_every_step(tmp_path):
 
 
 def wandb_history(data: bytes):
-    """The rows of a wandb file: LevelDB's log format, 7 bytes of header, blocks of 32 KB, pieces of 7 + length."""
+    """The rows of a wandb file: LevelDB's log format, 7 bytes of header, blocks of 32 KB, pieces of
+    7 + length."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     at, whole = 7, b""
@@ -208,4 +266,7 @@ def wandb_history(data: bytes):
             record = Record.FromString(whole)
             whole = b""
             if record.WhichOneof("record_type") == "history":
-                yield {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+                yield {
+                    item.key or item.nested_key[0]: json.loads(item.value_json)
+                    for item in record.history.item
+                }

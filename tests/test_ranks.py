@@ -36,14 +36,23 @@ def test_a_device_that_is_not_there(monkeypatch):
 
 def test_auto_is_the_fastest_precision_of_the_hardware(monkeypatch):
     ranks = Ranks("cpu")
-    for avx512, amx, expected in ((False, False, "float32"), (True, False, "bfloat16"), (False, True, "bfloat16")):
+    for avx512, amx, expected in (
+        (False, False, "float32"),
+        (True, False, "bfloat16"),
+        (False, True, "bfloat16"),
+    ):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx512=avx512: avx512)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         assert ranks.precision("auto") == expected and ranks.precision("float16") == "float16"
     ranks.device = torch.device("mps")
     assert ranks.precision("auto") == "float32" and ranks.precision("bfloat16") == "bfloat16"
     ranks.device = torch.device("cuda", 0)
-    for capability, expected in (((7, 0), "float16"), ((7, 5), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")):
+    for capability, expected in (
+        ((7, 0), "float16"),
+        ((7, 5), "float16"),
+        ((8, 0), "bfloat16"),
+        ((9, 0), "bfloat16"),
+    ):
         properties = types.SimpleNamespace(major=capability[0], minor=capability[1])
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -71,7 +80,11 @@ print(min(faults[-3:]))  # a heap in pieces may have to grow once more in one of
 def test_glibc_keeps_freed_memory():
     """Page faults of a step, in processes of their own: thousands without, next to none with."""
     plain, kept = (
-        int(subprocess.run([sys.executable, "-c", FAULTS, what], cwd=ROOT, capture_output=True, check=True).stdout)
+        int(
+            subprocess.run(
+                [sys.executable, "-c", FAULTS, what], cwd=ROOT, capture_output=True, check=True
+            ).stdout
+        )
         for what in ("plain", "keep")
     )
     assert plain > 5_000 and kept < 500, (plain, kept)
@@ -80,7 +93,11 @@ def test_glibc_keeps_freed_memory():
 def test_one_process_is_its_own_world():
     ranks = Ranks("cpu")
     assert (ranks.rank, ranks.world_size, ranks.main) == (0, 1, True)
-    assert ranks.sum(torch.tensor(3.0)) == 3 and ranks.max(2) == 2 and ranks.hardware().startswith("1 x CPU with ")
+    assert (
+        ranks.sum(torch.tensor(3.0)) == 3
+        and ranks.max(2) == 2
+        and ranks.hardware().startswith("1 x CPU with ")
+    )
     ranks.check_same(torch.nn.Linear(2, 2), 5)
 
 

@@ -1,4 +1,5 @@
-"""The README's commands are words that the scripts' own parsers take; its Python runs as printed."""
+"""The README's commands are words that the scripts' own parsers take; its Python runs as
+printed."""
 
 import os
 import re
@@ -25,7 +26,9 @@ PRESETS = {"train.py": train.PRESETS, "data_generator.py": data_generator.PRESET
 
 def commands() -> list[tuple[str, list[str]]]:
     """(script, words) of each of our commands in a bash block or between backticks."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL) + re.findall(r"`((?:python|torchrun) [^`]+)`", README)
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL) + re.findall(
+        r"`((?:python|torchrun) [^`]+)`", README
+    )
     lines = [part for block in blocks for line in block.splitlines() for part in line.split("&&")]
     found = []
     for line in lines:
@@ -41,7 +44,9 @@ def test_there_are_commands_for_every_script():
 
 
 @pytest.mark.parametrize(
-    "name, words", commands(), ids=lambda value: " ".join(value) if isinstance(value, list) else value
+    "name, words",
+    commands(),
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
 def test_commands_are_taken_by_the_parsers(name, words):
     config = parse(CONFIGS[name], words, "", PRESETS.get(name), POSITIONAL.get(name))
@@ -62,18 +67,24 @@ def test_the_clone_address_and_the_two_commands():
 
 def test_files_of_the_map_exist():
     for name in re.findall(r"`(\w+\.(?:py|png))`", README):
-        assert any((ROOT / place / name).exists() for place in (".", "lib")) or name == "curve.png", name
+        assert (
+            any((ROOT / place / name).exists() for place in (".", "lib")) or name == "curve.png"
+        ), name
 
 
 def test_the_picture_of_the_house_has_every_file():
     (house,) = re.findall(r"```mermaid\n(flowchart LR.*?)```", README, re.DOTALL)
-    files = {str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.py"), *(ROOT / "lib").glob("*.py")]}
+    files = {
+        str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.py"), *(ROOT / "lib").glob("*.py")]
+    }
     assert set(re.findall(r'"((?:lib/)?\w+\.py)"', house)) == files - {"lib/__init__.py"}
 
 
 def test_the_picture_of_the_model_has_its_parts():
     (picture,) = re.findall(r"```mermaid\n(flowchart TB.*?)```", README, re.DOTALL)
-    parts = {name.split(".")[-2] for name, _ in GPT(GPTConfig(8, 16, 1, 1, 4)).named_parameters()} | {"lm_head"}
+    parts = {
+        name.split(".")[-2] for name, _ in GPT(GPTConfig(8, 16, 1, 1, 4)).named_parameters()
+    } | {"lm_head"}
     assert all(re.search(rf"\b{part}\b", picture) for part in parts), parts
     assert f"Block, {GPTConfig.n_layer} times" in picture
 
@@ -83,7 +94,10 @@ PRINTED_BY = {  # each message of Troubleshooting, and the test that has it prin
     "is not a multiple of --batch_size": ("test_train", "100 is not a multiple"),
     "there are no train shards in": ("test_train", "no train shards in nowhere"),
     "HellaSwag can't be fetched from the Hub": ("test_train", "HellaSwag can't be fetched"),
-    "GPT-2's vocabulary is not on this machine": ("test_train", "GPT-2's vocabulary is not on this machine"),
+    "GPT-2's vocabulary is not on this machine": (
+        "test_train",
+        "GPT-2's vocabulary is not on this machine",
+    ),
     "was begun with other settings": ("test_data_generator", "shard_size was 20000, is 30000"),
     "is of a run with other settings": ("test_train", "max_lr was 0.0006, is 0.001"),
     "is being written by process": ("test_files", "is being written by process"),
@@ -95,7 +109,9 @@ PRINTED_BY = {  # each message of Troubleshooting, and the test that has it prin
 
 
 def test_each_message_of_troubleshooting_is_printed_by_a_test():
-    lines = re.findall(r'^- ((?:".*?",? ?)+): ', README.partition("## Troubleshooting")[2], re.MULTILINE)
+    lines = re.findall(
+        r'^- ((?:".*?",? ?)+): ', README.partition("## Troubleshooting")[2], re.MULTILINE
+    )
     messages = re.findall(r'"(.*?)"', " ".join(lines))
     assert messages == list(PRINTED_BY)
     for name, text in PRINTED_BY.values():
@@ -103,7 +119,11 @@ def test_each_message_of_troubleshooting_is_printed_by_a_test():
 
 
 def python_block(containing: str) -> str:
-    (block,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if containing in block]
+    (block,) = [
+        block
+        for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+        if containing in block
+    ]
     return block
 
 
@@ -113,7 +133,9 @@ def small_gpt2(tmp_path):
     shape = GPTConfig(block_size=1024, vocab_size=50304, n_layer=2, n_head=2, n_embd=32)
     (tmp_path / "log").mkdir()
     path = tmp_path / "log" / "model_checkpoint.pt"
-    torch.save({"model": GPT(shape).state_dict(), "config": shape, "step": 1, "tokenizer": "gpt2"}, path)
+    torch.save(
+        {"model": GPT(shape).state_dict(), "config": shape, "step": 1, "tokenizer": "gpt2"}, path
+    )
     assert export.main(["--model", str(path), "--out", str(tmp_path / "GPT124M")]) == 0
     return tmp_path
 
@@ -152,7 +174,11 @@ def test_sft_and_dpo_as_printed(small_gpt2):
     block += "json.dump([[float(l) for l in log] for log in logs], open('losses.json', 'w'))\n"
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", block], cwd=small_gpt2, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", block],
+        cwd=small_gpt2,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     import json

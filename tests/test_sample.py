@@ -1,4 +1,5 @@
-"""Text from a model: the same seed, the same text; as it is generated; from words, a file or standard input."""
+"""Text from a model: the same seed, the same text; as it is generated; from words, a file or
+standard input."""
 
 import io
 import subprocess
@@ -19,7 +20,9 @@ def test_pieces_are_the_text_of_generate():
     torch.manual_seed(0)
     model, encoding = GPT(SHAPE).eval(), get_tokenizer("bytes")
     with torch.no_grad():
-        model.transformer.wte.weight[256] = -10 * model.transformer.wte.weight[:256].mean(0)  # no end of the document
+        model.transformer.wte.weight[256] = -10 * model.transformer.wte.weight[:256].mean(
+            0
+        )  # no end of the document
     pieces = list(stream_text(model, encoding, "héllo", 60, seed=3))
     assert len(pieces) == 61
     generator = torch.Generator().manual_seed(3)
@@ -47,10 +50,20 @@ def test_a_character_of_several_tokens_comes_out_whole():
 
 
 def test_prompts_from_everywhere_and_seeds(trained, tmp_path, capsys, monkeypatch):
-    words = ["--model", str(trained / "model_checkpoint.pt"), "--max_new_tokens=20", "--num_samples=2"]
+    words = [
+        "--model",
+        str(trained / "model_checkpoint.pt"),
+        "--max_new_tokens=20",
+        "--num_samples=2",
+    ]
     texts = []
     (tmp_path / "prompt.txt").write_text("def f")
-    for source in (["def f"], ["-"], ["--prompt_file", str(tmp_path / "prompt.txt")], ["def f", "--seed=7"]):
+    for source in (
+        ["def f"],
+        ["-"],
+        ["--prompt_file", str(tmp_path / "prompt.txt")],
+        ["def f", "--seed=7"],
+    ):
         monkeypatch.setattr("sys.stdin", io.StringIO("def f"))
         assert sample.main([*words, *source]) == 0
         texts.append(capsys.readouterr().out)
@@ -59,7 +72,14 @@ def test_prompts_from_everywhere_and_seeds(trained, tmp_path, capsys, monkeypatc
 
 
 def test_a_terminal_that_is_not_utf_8_shows_what_it_can(trained):
-    done = script(ROOT / "sample.py", "中", "--model", trained, "--num_samples=1", env={"PYTHONIOENCODING": "latin-1"})
+    done = script(
+        ROOT / "sample.py",
+        "中",
+        "--model",
+        trained,
+        "--num_samples=1",
+        env={"PYTHONIOENCODING": "latin-1"},
+    )
     assert done.returncode == 0 and done.stdout.startswith("?"), done.stderr
 
 
@@ -81,12 +101,28 @@ def test_bad_input(trained, tmp_path, capsys):
 
 
 def test_as_a_command(trained):
-    done = script("sample.py", "-", "--model", trained / "model_checkpoint.pt", "--num_samples=1", input="class ")
+    done = script(
+        "sample.py",
+        "-",
+        "--model",
+        trained / "model_checkpoint.pt",
+        "--num_samples=1",
+        input="class ",
+    )
     assert done.returncode == 0 and "class " in done.stdout and not done.stderr
 
 
 def test_nobody_listens_any_more(trained):
-    words = [sys.executable, str(ROOT / "sample.py"), "a", "--model", str(trained / "model_checkpoint.pt")]
+    words = [
+        sys.executable,
+        str(ROOT / "sample.py"),
+        "a",
+        "--model",
+        str(trained / "model_checkpoint.pt"),
+    ]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()  # as `| head` does when it has enough
-    assert process.wait(timeout=60) == 1 and process.stderr.read() == "stopped: nobody reads the output\n"
+    assert (
+        process.wait(timeout=60) == 1
+        and process.stderr.read() == "stopped: nobody reads the output\n"
+    )

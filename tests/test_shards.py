@@ -28,10 +28,15 @@ def test_a_step_depends_on_its_number_alone(tmp_path):
         lengths = [dice.randint(1, 4 * T * per_step) for _ in range(dice.randint(1, 5))]
         lengths.append(max(1, per_step * T + 1 - sum(lengths)))
         data_dir = tmp_path / str(number)
-        stream = np.concatenate(write_shards(data_dir, {"train": lengths}, seed=number)).astype(np.int64)
+        stream = np.concatenate(write_shards(data_dir, {"train": lengths}, seed=number)).astype(
+            np.int64
+        )
         sequences = (len(stream) - 1) // T
         step = dice.randrange(0, 3 * (sequences // per_step + 1))
-        loaders = [TokenLoader(data_dir, "train", T, B, per_step * T, rank, world_size) for rank in range(world_size)]
+        loaders = [
+            TokenLoader(data_dir, "train", T, B, per_step * T, rank, world_size)
+            for rank in range(world_size)
+        ]
         batches = [list(loader.batches(step)) for loader in loaders]
         in_turn = [batches[rank][m] for m in range(len(batches[0])) for rank in range(world_size)]
         x, y = (np.concatenate([pair[side].numpy() for pair in in_turn]) for side in (0, 1))
@@ -59,14 +64,19 @@ def test_an_epoch_reads_every_sequence_once(tmp_path):
 
 def test_bin_shards_of_llm_c(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 50257, 900).astype(np.uint16)
-    for name, part in (("fineweb_val_000000.bin", tokens[:300]), ("fineweb_train_000001.bin", tokens[300:])):
+    for name, part in (
+        ("fineweb_val_000000.bin", tokens[:300]),
+        ("fineweb_train_000001.bin", tokens[300:]),
+    ):
         header = np.zeros(256, dtype=np.int32)
         header[:3] = 20240520, 1, len(part)
         (tmp_path / name).write_bytes(header.tobytes() + part.tobytes())
     loader = TokenLoader(tmp_path, "train", 10, 2, 20)
     assert loader.tokenizer == "gpt2" and loader.tokens == 600
     x, y = next(loader.batches(0))
-    assert np.array_equal(x.flatten(), tokens[300:320]) and np.array_equal(y.flatten(), tokens[301:321])
+    assert np.array_equal(x.flatten(), tokens[300:320]) and np.array_equal(
+        y.flatten(), tokens[301:321]
+    )
 
 
 def order(directory, seed, epoch, world_size=1, B=1) -> list[int]:
@@ -89,7 +99,10 @@ def test_a_shuffled_epoch_reads_every_sequence_once_in_an_order_of_its_own(tmp_p
     assert len(set(map(tuple, orders.values()))) == 4 and orders[1, 0] == order(tmp_path, 1, 0)
     assert order(tmp_path, None, 0) == order(tmp_path, None, 1) == list(range(200))
     for world_size, B in ((1, 5), (2, 1), (4, 5)):
-        loaders = [TokenLoader(tmp_path, "train", 4, B, 80, r, world_size, shuffle=1) for r in range(world_size)]
+        loaders = [
+            TokenLoader(tmp_path, "train", 4, B, 80, r, world_size, shuffle=1)
+            for r in range(world_size)
+        ]
         for step in (0, 7, 13):  # the steps 10 and 13 are of the second epoch
             batches = [list(loader.batches(step)) for loader in loaders]
             in_turn = [batches[r][m] for m in range(len(batches[0])) for r in range(world_size)]
@@ -103,7 +116,8 @@ def test_shuffled_is_a_permutation(n):
 
 
 def test_all_places_are_equally_likely():
-    """Where place 3 of 10 goes, over 2,000 keys: chi-squared with 9 degrees of freedom, 1 in 1,000 is above 27.9."""
+    """Where place 3 of 10 goes, over 2,000 keys: chi-squared with 9 degrees of freedom, 1 in 1,000
+    is above 27.9."""
     counts = np.bincount([shuffled(3, 10, f"{key} 0") for key in range(2000)], minlength=10)
     assert ((counts - 200) ** 2 / 200).sum() < 27.9
 
@@ -112,7 +126,11 @@ def test_leftovers_of_a_download_are_no_shards(tmp_path):
     write_shards(tmp_path, {"val": [100], "train": [100]}, manifest=False)
     cache = tmp_path / ".cache" / "huggingface" / "download"
     cache.mkdir(parents=True)
-    for path in (cache / "train_1.bin.incomplete", tmp_path / "train_2.bin.incomplete", cache / "train_3.bin"):
+    for path in (
+        cache / "train_1.bin.incomplete",
+        tmp_path / "train_2.bin.incomplete",
+        cache / "train_3.bin",
+    ):
         path.write_bytes(b"half")
     assert TokenLoader(tmp_path, "train", 8, 1, 8).tokens == 100
 
@@ -124,8 +142,14 @@ DAMAGES = {
     "too long": (lambda b: b + b"\0\0", "its header says 900 tokens"),
     "zeroed": (lambda b: bytes(len(b)), "damaged or cut short"),
     "another type": (lambda b: saved(np.zeros(900, np.int64)), r"it holds int64 \(900,\)"),
-    "another shape": (lambda b: saved(np.zeros((30, 30), np.uint16)), r"it holds uint16 \(30, 30\)"),
-    "fewer tokens": (lambda b: saved(np.zeros(800, np.uint16)), "has 800 tokens, its manifest says 900"),
+    "another shape": (
+        lambda b: saved(np.zeros((30, 30), np.uint16)),
+        r"it holds uint16 \(30, 30\)",
+    ),
+    "fewer tokens": (
+        lambda b: saved(np.zeros(800, np.uint16)),
+        "has 800 tokens, its manifest says 900",
+    ),
 }
 
 
@@ -189,6 +213,8 @@ for step in range(200):
     for _ in loader.batches(step): pass
 print(first, own() - before)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     seconds, megabytes = map(float, done.stdout.split())
     assert megabytes < 64 and seconds < 1

@@ -9,7 +9,9 @@ from lib.tokenizer import get_tokenizer
 
 def test_a_vocabulary_that_arrives_altered_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("tiktoken.load.read_file", lambda address: b"<html>Log in to this network</html>")
+    monkeypatch.setattr(
+        "tiktoken.load.read_file", lambda address: b"<html>Log in to this network</html>"
+    )
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
     with pytest.raises(UserError, match=r"can't be downloaded \(ValueError\)"):
         get_tokenizer.__wrapped__("gpt2")

@@ -15,7 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, comparable_log, flags, script, torchrun, torchrun_command, write_hellaswag, write_shards
+from conftest import (
+    ROOT,
+    comparable_log,
+    flags,
+    script,
+    torchrun,
+    torchrun_command,
+    write_hellaswag,
+    write_shards,
+)
 
 import metrics
 import train
@@ -41,7 +50,14 @@ def assert_same_weights(one, other):
 
 def test_learning_rate():
     config = TrainConfig()
-    expected = {0: 6e-4 / 715, 714: 6e-4, 715: 6e-4, (715 + 19073) // 2: 3.3e-4, 19072: 6e-5, 19073: 6e-5}
+    expected = {
+        0: 6e-4 / 715,
+        714: 6e-4,
+        715: 6e-4,
+        (715 + 19073) // 2: 3.3e-4,
+        19072: 6e-5,
+        19073: 6e-5,
+    }
     for step, lr in expected.items():
         assert math.isclose(get_lr(step, config), lr, rel_tol=1e-3), step
     assert get_lr(19073, config) == pytest.approx(6e-5, rel=1e-9)
@@ -58,13 +74,20 @@ def test_due():
 
 def test_log_and_files_of_a_run(trained, data_dir):
     log = [line.split() for line in (trained / "log.txt").read_text().splitlines()]
-    steps = {stream: [int(step) for step, s, _ in log if s == stream] for stream in {s for _, s, _ in log}}
+    steps = {
+        stream: [int(step) for step, s, _ in log if s == stream]
+        for stream in {s for _, s, _ in log}
+    }
     assert steps["train"] == steps["lr"] == steps["norm"] == steps["tok_s"] == list(range(8))
     assert steps["val"] == steps["eval_s"] == [0, 4, 8] and steps["save_s"] == [3, 6, 8]
     assert "mfu" not in steps and "hella" not in steps
     assert all(f"{float(value):.6g}" == value for _, _, value in log)
     run = json.loads((trained / "run.json").read_text())
-    assert run["tokens_per_step"] == 128 and run["model"]["vocab_size"] == 320 and run["data"]["tokenizer"] == "bytes"
+    assert (
+        run["tokens_per_step"] == 128
+        and run["model"]["vocab_size"] == 320
+        and run["data"]["tokenizer"] == "bytes"
+    )
     assert sorted(path.name for path in trained.iterdir() if path.name != ".lock") == [
         "curve.png", "log.txt", "model_00006.pt", "model_00008.pt", "model_checkpoint.pt", "run.json"
     ]  # fmt: skip
@@ -72,7 +95,8 @@ def test_log_and_files_of_a_run(trained, data_dir):
 
 
 def test_the_loss_falls_and_the_last_update_is_saved(trained, data_dir):
-    """The validation loss in the log is that of the saved weights, computed by hand on tokens read by hand."""
+    """The validation loss in the log is that of the saved weights, computed by hand on tokens read
+    by hand."""
     import numpy as np
 
     from GPT_Modules import GPT
@@ -95,7 +119,9 @@ def test_a_checkpoint_says_when_its_loss_was_measured(data_dir, tmp_path):
     losses = dict(metrics.read_log(tmp_path)["val"])
     for step, val_step in ((6, 4), (8, 8)):
         checkpoint = load_checkpoint(tmp_path / f"model_{step:05d}.pt")
-        assert checkpoint["val_step"] == val_step and losses[val_step] == float(f"{checkpoint['val_loss']:.6g}")
+        assert checkpoint["val_step"] == val_step and losses[val_step] == float(
+            f"{checkpoint['val_loss']:.6g}"
+        )
 
 
 def test_the_facts_of_a_run_name_no_directory_of_its_owner(tmp_path, data_dir):
@@ -104,9 +130,13 @@ def test_the_facts_of_a_run_name_no_directory_of_its_owner(tmp_path, data_dir):
     manifest["dataset"] = str(tmp_path / "private" / "text.txt")
     (tmp_path / "private" / "data" / "manifest.json").write_text(json.dumps(manifest))
     log_dir = tmp_path / "private" / "log"
-    assert train.main(flags(data_dir=tmp_path / "private" / "data", log_dir=log_dir, max_steps=1)) == 0
+    assert (
+        train.main(flags(data_dir=tmp_path / "private" / "data", log_dir=log_dir, max_steps=1)) == 0
+    )
     facts = (log_dir / "run.json").read_text()
-    assert "private" not in facts and '"dataset": "text.txt"' in facts and '"log_dir": "log"' in facts
+    assert (
+        "private" not in facts and '"dataset": "text.txt"' in facts and '"log_dir": "log"' in facts
+    )
 
 
 def test_the_readmes_snippet_runs_as_it_stands(trained):
@@ -121,7 +151,9 @@ model.eval()
 torch.save(model.state_dict(), "trained_model.pth")
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-W", "error", "-c", snippet], cwd=trained, env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", snippet], cwd=trained, env=environment, check=True
+    )
     saved = torch.load(trained / "trained_model.pth")
     (trained / "trained_model.pth").unlink()
     for name, tensor in weights(trained).items():
@@ -142,7 +174,10 @@ def test_ranks_share_a_step_and_change_nothing(data_dir, trained, tmp_path):
         for name, gradient in torch.load(tmp_path / f"g{ranks}.pt")["gradients"].items():
             exact = reference["gradients"][name]
             assert (gradient - exact).norm() <= 1e-6 * exact.norm(), (ranks, name)
-    for ranks, exchanges in ((2, 8), (4, 8)):  # a step's gradients are exchanged once, whatever the micro-batches
+    for ranks, exchanges in (
+        (2, 8),
+        (4, 8),
+    ):  # a step's gradients are exchanged once, whatever the micro-batches
         assert torch.load(tmp_path / f"g{ranks}.pt")["exchanges"] == exchanges
     assert comparable_log(tmp_path / "1") == comparable_log(trained)
     for ranks in (2, 4):
@@ -158,7 +193,9 @@ def assert_log_close(one: list[str], other: list[str]):
 def test_moving_from_2_ranks_to_1_to_4(data_dir, trained, tmp_path):
     common = {"data_dir": data_dir, "log_dir": tmp_path / "log"}
     for ranks, stop_after in ((2, 3), (1, 6), (4, 99)):
-        done = torchrun(ranks, str(ROOT / "tests" / "drivers.py"), "stop_after", stop_after, *flags(**common))
+        done = torchrun(
+            ranks, str(ROOT / "tests" / "drivers.py"), "stop_after", stop_after, *flags(**common)
+        )
         assert ("stopped by SIGTERM" in done.stdout) == (stop_after < 99), done.stdout + done.stderr
     assert_log_close(comparable_log(tmp_path / "log"), comparable_log(trained))
 
@@ -170,7 +207,11 @@ def test_compiled_training_evaluates_samples_and_never_recompiles(ranks, data_di
     words = [*flags(data_dir=data_dir, log_dir=tmp_path / "log", **changes), "--block_size=512"]
     done = torchrun(ranks, "train.py", *words, "--compile", env={"TORCH_LOGS": "recompiles"})
     assert done.returncode == 0, done.stderr
-    assert ", compiled;" in done.stdout and "HellaSwag acc_norm" in done.stdout and "  > " in done.stdout
+    assert (
+        ", compiled;" in done.stdout
+        and "HellaSwag acc_norm" in done.stdout
+        and "  > " in done.stdout
+    )
     # the one more graph is that of validation, which keeps no gradients
     assert done.stderr.count("Recompiling function forward") == ranks, done.stderr
     assert train.main([*words, f"--log_dir={tmp_path / 'eager'}"]) == 0
@@ -187,7 +228,10 @@ def test_presets_share_out_their_step_on_one_and_eight_gpus(preset):
     config = train.parse(TrainConfig, ["--preset", preset], "", train.PRESETS)
     train.check_config(config)
     for ranks in (1, 8):
-        assert count_micro_steps(config.seq_len, config.batch_size, config.total_batch_size, ranks) >= 1
+        assert (
+            count_micro_steps(config.seq_len, config.batch_size, config.total_batch_size, ranks)
+            >= 1
+        )
 
 
 # ---- precision ----
@@ -197,15 +241,27 @@ def values(log_dir, stream) -> list[float]:
     return [value for _, value in metrics.read_log(log_dir)[stream]]
 
 
-@pytest.mark.parametrize("dtype, loss_off, norm_off", [("bfloat16", 0.01, 0.15), ("float16", 0.002, 0.02)])
+@pytest.mark.parametrize(
+    "dtype, loss_off, norm_off", [("bfloat16", 0.01, 0.15), ("float16", 0.002, 0.02)]
+)
 def test_half_precision_learns_as_float32_does(dtype, loss_off, norm_off, data_dir, tmp_path):
     """200 steps side by side; norm is that of the gradient itself, not of the scaled loss."""
-    common = {"data_dir": data_dir, "max_steps": 200, "val_every": 0, "save_every": 0, "batch_size": 8, "max_lr": 3e-3}
+    common = {
+        "data_dir": data_dir,
+        "max_steps": 200,
+        "val_every": 0,
+        "save_every": 0,
+        "batch_size": 8,
+        "max_lr": 3e-3,
+    }
     for name in ("float32", dtype):
         assert train.main(flags(log_dir=tmp_path / name, dtype=name, **common)) == 0
     for stream, off in (("train", loss_off), ("norm", norm_off)):
         exact, rounded = (np.array(values(tmp_path / name, stream)) for name in ("float32", dtype))
-        assert np.all(np.abs(rounded / exact - 1) < off), (stream, np.abs(rounded / exact - 1).max())
+        assert np.all(np.abs(rounded / exact - 1) < off), (
+            stream,
+            np.abs(rounded / exact - 1).max(),
+        )
     assert values(tmp_path / dtype, "train") != values(tmp_path / "float32", "train")
     assert values(tmp_path / dtype, "train")[-1] < values(tmp_path / dtype, "train")[0] - 0.1
 
@@ -214,14 +270,23 @@ def test_half_precision_learns_as_float32_does(dtype, loss_off, norm_off, data_d
 def test_half_precision_goes_on_exactly_and_on_any_number_of_ranks(dtype, data_dir, tmp_path):
     common = {"data_dir": data_dir, "dtype": dtype}
     assert train.main(flags(log_dir=tmp_path / "whole", **common)) == 0
-    words = [ROOT / "tests" / "drivers.py", "stop_after", 3, *flags(log_dir=tmp_path / "log", **common)]
+    words = [
+        ROOT / "tests" / "drivers.py",
+        "stop_after",
+        3,
+        *flags(log_dir=tmp_path / "log", **common),
+    ]
     assert "stopped by SIGTERM" in script(*words, env={"PYTHONPATH": str(ROOT)}).stdout
     assert load_checkpoint(tmp_path / "log" / "model_checkpoint.pt")["precision"] == dtype
-    assert bool(load_checkpoint(tmp_path / "log" / "model_checkpoint.pt")["scaler"]) == (dtype == "float16")
+    assert bool(load_checkpoint(tmp_path / "log" / "model_checkpoint.pt")["scaler"]) == (
+        dtype == "float16"
+    )
     assert train.main(flags(log_dir=tmp_path / "log", **common)) == 0
     assert_uninterrupted(tmp_path / "log", tmp_path / "whole")
     assert torchrun(2, "train.py", *flags(log_dir=tmp_path / "two", **common)).returncode == 0
-    assert np.allclose(values(tmp_path / "two", "train"), values(tmp_path / "whole", "train"), rtol=1e-4)
+    assert np.allclose(
+        values(tmp_path / "two", "train"), values(tmp_path / "whole", "train"), rtol=1e-4
+    )
 
 
 def test_a_loss_scale_that_falls_does_not_end_the_run(data_dir, tmp_path):
@@ -237,8 +302,14 @@ def test_a_loss_scale_that_falls_does_not_end_the_run(data_dir, tmp_path):
 @pytest.mark.slow
 def test_float16_that_is_never_finite_ends_the_run(data_dir, tmp_path):
     """The scale falls from 2^16 to 1 in 16 steps, then ten more are enough."""
-    done = driver("nan_for_ever", 0, *flags(data_dir=data_dir, log_dir=tmp_path, dtype="float16", max_steps=60))
-    assert done.returncode == 1 and "not finite 10 times in a row, up to step 25" in done.stderr, done.stderr
+    done = driver(
+        "nan_for_ever",
+        0,
+        *flags(data_dir=data_dir, log_dir=tmp_path, dtype="float16", max_steps=60),
+    )
+    assert done.returncode == 1 and "not finite 10 times in a row, up to step 25" in done.stderr, (
+        done.stderr
+    )
 
 
 def test_a_run_keeps_its_precision(data_dir, tmp_path, monkeypatch, capsys):
@@ -248,15 +319,24 @@ def test_a_run_keeps_its_precision(data_dir, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         assert train.main([*words, f"--max_steps={steps}"]) == 0
-        assert "1 x CPU with" in (printed := capsys.readouterr().out) and ", bfloat16, not compiled" in printed
-    assert "the run began in bfloat16 and goes on in it; a new one would take float32 here" in printed
+        assert (
+            "1 x CPU with" in (printed := capsys.readouterr().out)
+            and ", bfloat16, not compiled" in printed
+        )
+    assert (
+        "the run began in bfloat16 and goes on in it; a new one would take float32 here" in printed
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_recomputing_compiled_activations_changes_nothing_and_recompiles_nothing(ranks, data_dir, tmp_path):
+def test_recomputing_compiled_activations_changes_nothing_and_recompiles_nothing(
+    ranks, data_dir, tmp_path
+):
     words = flags(data_dir=data_dir, log_dir=tmp_path / "log")
-    done = torchrun(ranks, "train.py", *words, "--compile", "--recompute", env={"TORCH_LOGS": "recompiles"})
+    done = torchrun(
+        ranks, "train.py", *words, "--compile", "--recompute", env={"TORCH_LOGS": "recompiles"}
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Recompiling function forward") == ranks, done.stderr
     assert train.main([*words, f"--log_dir={tmp_path / 'eager'}"]) == 0
@@ -267,12 +347,23 @@ def test_recomputing_compiled_activations_changes_nothing_and_recompiles_nothing
 
 
 def test_a_linear_schedule_loses_nothing_when_it_is_extended(data_dir, tmp_path, capsys):
-    common = {"data_dir": data_dir, "schedule": "linear", "min_lr": 0, "decay_steps": 4, "warmup_steps": 2}
+    common = {
+        "data_dir": data_dir,
+        "schedule": "linear",
+        "min_lr": 0,
+        "decay_steps": 4,
+        "warmup_steps": 2,
+    }
     config = train.parse(TrainConfig, flags(**common | {"max_steps": 12}), "", train.PRESETS)
     rates = [get_lr(step, config) / config.max_lr for step in range(13)]
     assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
     assert train.main(flags(log_dir=tmp_path / "long", max_steps=12, **common)) == 0
-    assert train.main(flags(log_dir=tmp_path / "log", max_steps=8, save_every=4, keep_every=4, **common)) == 0
+    assert (
+        train.main(
+            flags(log_dir=tmp_path / "log", max_steps=8, save_every=4, keep_every=4, **common)
+        )
+        == 0
+    )
     for path in tmp_path.glob("log/model_*8.pt"):
         path.unlink()  # the state before the decay
     assert train.main(flags(log_dir=tmp_path / "log", max_steps=12, **common)) == 0
@@ -280,16 +371,26 @@ def test_a_linear_schedule_loses_nothing_when_it_is_extended(data_dir, tmp_path,
     assert "max_steps was 8: from here the decay ends at 12" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flag", [{"preset": "gpt2-fast"}, pytest.param({"shuffle": None}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "flag", [{"preset": "gpt2-fast"}, pytest.param({"shuffle": None}, marks=pytest.mark.slow)]
+)
 def test_opt_ins_go_on_exactly_and_on_any_number_of_ranks(flag, data_dir, trained, tmp_path):
     (name, value), common = *flag.items(), {"data_dir": data_dir}
     extra = [f"--{name}" if value is None else f"--{name}={value}"]
     assert train.main([*flags(log_dir=tmp_path / "whole", **common), *extra]) == 0
-    words = [ROOT / "tests" / "drivers.py", "stop_after", 3, *flags(log_dir=tmp_path / "log", **common), *extra]
+    words = [
+        ROOT / "tests" / "drivers.py",
+        "stop_after",
+        3,
+        *flags(log_dir=tmp_path / "log", **common),
+        *extra,
+    ]
     assert "stopped by SIGTERM" in script(*words, env={"PYTHONPATH": str(ROOT)}).stdout
     assert train.main([*flags(log_dir=tmp_path / "log", **common), *extra]) == 0
     assert_uninterrupted(tmp_path / "log", tmp_path / "whole")
-    assert torchrun(2, "train.py", *flags(log_dir=tmp_path / "two", **common), *extra).returncode == 0
+    assert (
+        torchrun(2, "train.py", *flags(log_dir=tmp_path / "two", **common), *extra).returncode == 0
+    )
     assert_log_close(comparable_log(tmp_path / "two"), comparable_log(tmp_path / "whole"))
     assert values(tmp_path / "whole", "train") != values(trained, "train")
 
@@ -297,7 +398,9 @@ def test_opt_ins_go_on_exactly_and_on_any_number_of_ranks(flag, data_dir, traine
 def test_gpt2_fast_is_published_as_any_other_run(data_dir, tmp_path):
     import export
 
-    assert train.main([*flags(data_dir=data_dir, log_dir=tmp_path / "log"), "--preset=gpt2-fast"]) == 0
+    assert (
+        train.main([*flags(data_dir=data_dir, log_dir=tmp_path / "log"), "--preset=gpt2-fast"]) == 0
+    )
     assert export.main(["--model", str(tmp_path / "log"), "--out", str(tmp_path / "GPT")]) == 0
     card = (tmp_path / "GPT" / "README.md").read_text()
     assert " of warm-up, constant, linear in the last 4 steps to " in card
@@ -305,29 +408,56 @@ def test_gpt2_fast_is_published_as_any_other_run(data_dir, tmp_path):
 
 
 def test_the_best_weights_are_kept(data_dir, tmp_path):
-    """At a rate that is too high the loss turns; the best is exported with its own loss and step."""
+    """At a rate that is too high the loss turns; the best is exported with its own loss and
+    step."""
     import export
 
-    words = flags(data_dir=data_dir, log_dir=tmp_path, max_lr=0.3, val_every=1, save_every=4, warmup_steps=0)
+    words = flags(
+        data_dir=data_dir, log_dir=tmp_path, max_lr=0.3, val_every=1, save_every=4, warmup_steps=0
+    )
     assert train.main([*words, "--keep_best"]) == 0
     losses = dict(metrics.read_log(tmp_path)["val"])
     step = min(losses, key=losses.get)
     assert step < 8  # else this test shows nothing
     best = load_checkpoint(tmp_path / "model_best.pt")
-    assert (best["step"], best["val_step"]) == (step, step) and float(f"{best['val_loss']:.6g}") == losses[step]
+    assert (best["step"], best["val_step"]) == (step, step) and float(
+        f"{best['val_loss']:.6g}"
+    ) == losses[step]
     assert load_checkpoint(tmp_path / "model_checkpoint.pt")["step"] == 8
     assert (tmp_path / "model_00004.pt").exists()  # saving the best removes no other
-    assert export.main(["--model", str(tmp_path / "model_best.pt"), "--out", str(tmp_path / "out")]) == 0
-    assert f"| validation loss | {best['val_loss']:.4f} nats per byte |" in (tmp_path / "out" / "README.md").read_text()
+    assert (
+        export.main(["--model", str(tmp_path / "model_best.pt"), "--out", str(tmp_path / "out")])
+        == 0
+    )
+    assert (
+        f"| validation loss | {best['val_loss']:.4f} nats per byte |"
+        in (tmp_path / "out" / "README.md").read_text()
+    )
 
 
-BEST_AT_5 = {"max_lr": 0.015, "min_lr": 0.015, "max_steps": 6, "warmup_steps": 0, "val_every": 1, "save_every": 1}
+BEST_AT_5 = {
+    "max_lr": 0.015,
+    "min_lr": 0.015,
+    "max_steps": 6,
+    "warmup_steps": 0,
+    "val_every": 1,
+    "save_every": 1,
+}
 
 
 def test_a_kill_does_not_lose_the_best_weights(data_dir, tmp_path):
     words = [*flags(data_dir=data_dir, log_dir=tmp_path, **BEST_AT_5), "--keep_best"]
-    killed = script(str(ROOT / "tests" / "drivers.py"), "killed_before_the_best", 5, *words, env={"PYTHONPATH": ROOT})
-    assert killed.returncode == -signal.SIGKILL and load_checkpoint(tmp_path / "model_best.pt")["step"] == 4
+    killed = script(
+        str(ROOT / "tests" / "drivers.py"),
+        "killed_before_the_best",
+        5,
+        *words,
+        env={"PYTHONPATH": ROOT},
+    )
+    assert (
+        killed.returncode == -signal.SIGKILL
+        and load_checkpoint(tmp_path / "model_best.pt")["step"] == 4
+    )
     assert script("train.py", *words).returncode == 0
     best = load_checkpoint(tmp_path / "model_best.pt")
     assert best["step"] == best["val_step"] == 5
@@ -340,23 +470,35 @@ def test_the_best_that_could_not_be_saved_is_not_taken_for_kept(data_dir, tmp_pa
     assert done.returncode == 0, done.stderr
     losses = dict(metrics.read_log(tmp_path)["val"])
     assert sorted(losses, key=losses.get)[:2] == [5, 6]
-    assert "WARNING: saving step 5 in " in done.stdout and load_checkpoint(tmp_path / "model_best.pt")["step"] == 6
+    assert (
+        "WARNING: saving step 5 in " in done.stdout
+        and load_checkpoint(tmp_path / "model_best.pt")["step"] == 6
+    )
     assert [step for step, _ in metrics.read_log(tmp_path)["save_s"]] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_worse_model_never_replaces_the_best(data_dir, tmp_path):
-    """The run goes on from a checkpoint that is older than model_best.pt, and validates at other steps from there."""
-    words = [*flags(data_dir=data_dir, log_dir=tmp_path, **BEST_AT_5 | {"save_every": 3}), "--keep_best"]
+    """The run goes on from a checkpoint that is older than model_best.pt, and validates at other
+    steps from there."""
+    words = [
+        *flags(data_dir=data_dir, log_dir=tmp_path, **BEST_AT_5 | {"save_every": 3}),
+        "--keep_best",
+    ]
     assert train.main(words) == 0 and load_checkpoint(tmp_path / "model_best.pt")["step"] == 5
     (tmp_path / "model_00006.pt").unlink()
     assert train.main([*words, "--val_every=6"]) == 0
     losses = dict(metrics.read_log(tmp_path)["val"])
-    assert load_checkpoint(tmp_path / "model_best.pt")["step"] == 5 and losses[6] < losses[3]  # 6 is the best since 3
+    assert (
+        load_checkpoint(tmp_path / "model_best.pt")["step"] == 5 and losses[6] < losses[3]
+    )  # 6 is the best since 3
 
 
 def test_a_new_run_does_not_compare_with_the_best_of_another(data_dir, trained, tmp_path):
     best = load_checkpoint(trained / "model_00008.pt") | {"val_loss": 0.1}
-    torch.save({name: value for name, value in best.items() if name != "optimizer"}, tmp_path / "model_best.pt")
+    torch.save(
+        {name: value for name, value in best.items() if name != "optimizer"},
+        tmp_path / "model_best.pt",
+    )
     assert train.main([*flags(data_dir=data_dir, log_dir=tmp_path), "--keep_best"]) == 0
     assert load_checkpoint(tmp_path / "model_best.pt")["val_loss"] > 1
 
@@ -435,8 +577,12 @@ def test_no_network_for_hellaswag(data_dir, tmp_path):
 def test_no_network_for_the_vocabulary(tmp_path):
     write_shards(tmp_path / "gpt2", {"val": [600], "train": [3000]}, manifest=False)
     environment = OFFLINE | {"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty")}
-    done = script("train.py", *flags(data_dir=tmp_path / "gpt2", log_dir=tmp_path / "log"), env=environment)
-    assert done.returncode == 2 and "GPT-2's vocabulary is not on this machine" in done.stderr, done.stderr
+    done = script(
+        "train.py", *flags(data_dir=tmp_path / "gpt2", log_dir=tmp_path / "log"), env=environment
+    )
+    assert done.returncode == 2 and "GPT-2's vocabulary is not on this machine" in done.stderr, (
+        done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 
@@ -444,12 +590,17 @@ def test_what_is_worth_knowing_is_said_before_the_first_step(tmp_path, capsys):
     write_shards(tmp_path / "data", {"val": [600], "train": [3000]})
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
     (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
-    words = flags(data_dir=tmp_path / "data", log_dir=tmp_path / "log", max_steps=1, val_tokens=5000)
+    words = flags(
+        data_dir=tmp_path / "data", log_dir=tmp_path / "log", max_steps=1, val_tokens=5000
+    )
     assert train.main(words) == 0
     printed = capsys.readouterr().out
     assert "data is not complete: a run can't go on after its data has grown" in printed
     assert "WARNING: --warmup_steps 2 > --max_steps 1: none has --max_lr" in printed
-    assert "validation uses 512 tokens: the whole steps in --val_tokens 5,000 and in the 600 of" in printed
+    assert (
+        "validation uses 512 tokens: the whole steps in --val_tokens 5,000 and in the 600 of"
+        in printed
+    )
     assert printed.index("validation uses") < printed.index("step     0 |")
 
 
@@ -457,14 +608,17 @@ def test_what_is_worth_knowing_is_said_before_the_first_step(tmp_path, capsys):
 
 
 def test_the_run_of_an_older_version_goes_on(tmp_path):
-    """Its data, its checkpoint and its log up to the end: tests/before was written by the version before lib/."""
+    """Its data, its checkpoint and its log up to the end: tests/before was written by the version
+    before lib/."""
     shutil.copytree(ROOT / "tests" / "before", tmp_path, dirs_exist_ok=True)
     then = comparable_log(tmp_path / "log")
     words = flags(data_dir=tmp_path / "data", log_dir=tmp_path / "log", n_layer=1, n_embd=8, total_batch_size=64,
                   max_steps=6, val_every=2, val_tokens=128, dtype=None)  # fmt: skip
     assert train.main(words) == 0
     now = comparable_log(tmp_path / "log")
-    assert [line for line in now if int(line.split()[0]) < 3] == [line for line in then if int(line.split()[0]) < 3]
+    assert [line for line in now if int(line.split()[0]) < 3] == [
+        line for line in then if int(line.split()[0]) < 3
+    ]
     assert_log_close(now, then)
 
 
@@ -474,7 +628,10 @@ def test_a_finished_run_says_so_and_can_be_extended(data_dir, trained, tmp_path,
     again = flags(data_dir=data_dir, log_dir=tmp_path / "log", sample_every=4)
     assert train.main(again) == 0
     printed = capsys.readouterr().out
-    assert "finished at step 8: raise --max_steps or choose another --log_dir" in printed and "  > " in printed
+    assert (
+        "finished at step 8: raise --max_steps or choose another --log_dir" in printed
+        and "  > " in printed
+    )
     assert "saved" not in printed and comparable_log(tmp_path / "log") == before
     assert train.main([*again, "--max_steps=10"]) == 0
     assert "from here the cosine ends at 10" in capsys.readouterr().out
@@ -515,16 +672,38 @@ def test_continuing_with_other_data_names_the_difference(trained, tmp_path, caps
 def test_settings_that_may_change(data_dir, trained, tmp_path):
     shutil.copytree(data_dir, tmp_path / "data")
     shutil.copytree(trained, tmp_path / "log", symlinks=True)
-    changes = {"val_every": 5, "val_tokens": 512, "save_every": 7, "batch_size": 4, "max_steps": 9, "timeout": 60}
-    assert train.main([*flags(data_dir=tmp_path / "data", log_dir=tmp_path / "log", **changes), "--no-compile"]) == 0
+    changes = {
+        "val_every": 5,
+        "val_tokens": 512,
+        "save_every": 7,
+        "batch_size": 4,
+        "max_steps": 9,
+        "timeout": 60,
+    }
+    assert (
+        train.main(
+            [
+                *flags(data_dir=tmp_path / "data", log_dir=tmp_path / "log", **changes),
+                "--no-compile",
+            ]
+        )
+        == 0
+    )
 
 
 def test_starting_from_other_weights(data_dir, trained, tmp_path, capsys):
     checkpoint = trained / "model_checkpoint.pt"
-    shape = {"n_layer": None, "n_head": None, "n_embd": None, "init_from": checkpoint, "data_dir": data_dir}
+    shape = {
+        "n_layer": None,
+        "n_head": None,
+        "n_embd": None,
+        "init_from": checkpoint,
+        "data_dir": data_dir,
+    }
     assert train.main(flags(log_dir=tmp_path / "a", max_steps=4, **shape)) == 0
     losses = {
-        log: [line.split()[2] for line in comparable_log(log) if " val " in line] for log in (trained, tmp_path / "a")
+        log: [line.split()[2] for line in comparable_log(log) if " val " in line]
+        for log in (trained, tmp_path / "a")
     }
     assert losses[tmp_path / "a"][0] == losses[trained][-1]  # it begins where the other ended
     capsys.readouterr()
@@ -581,13 +760,18 @@ def long_run(data_dir, tmp_path_factory):
 
 
 def kill_and_resume(kills: int, data_dir, log_dir, dice: random.Random, env=None):
-    """Run LONG on 2 ranks; SIGKILL a random rank at a random moment, so many times; then let it finish."""
+    """Run LONG on 2 ranks; SIGKILL a random rank at a random moment, so many times; then let it
+    finish."""
     words = flags(data_dir=data_dir, log_dir=log_dir, **LONG)
     for _ in range(kills):
         before = len(log_lines(log_dir))
         process = start_torchrun(2, *words, env=env)
         target = before + dice.randrange(3, 60)
-        wait_for(lambda target=target, process=process: len(log_lines(log_dir)) >= target or process.poll() is not None)
+        wait_for(
+            lambda target=target, process=process: (
+                len(log_lines(log_dir)) >= target or process.poll() is not None
+            )
+        )
         if workers := workers_of(process.pid):
             os.kill(dice.choice(workers), signal.SIGKILL)
         output, _ = process.communicate(timeout=120)
@@ -619,7 +803,9 @@ def test_campaign_of_random_kills(data_dir, long_run, tmp_path, campaign):
 @pytest.mark.parametrize("what", ["optimizer", "step"])
 def test_resume_without_a_part_of_the_state_is_noticed(what, data_dir, trained, tmp_path):
     """Negative control: the comparison above does see a state that is not whole."""
-    done = script("train.py", *flags(data_dir=data_dir, log_dir=tmp_path), env={"PYTHONPATH": str(ROOT)})
+    done = script(
+        "train.py", *flags(data_dir=data_dir, log_dir=tmp_path), env={"PYTHONPATH": str(ROOT)}
+    )
     assert done.returncode == 0
     assert_same_weights(tmp_path, trained)
     (tmp_path / "model_00008.pt").unlink()
@@ -640,7 +826,9 @@ def test_resume_without_a_part_of_the_state_is_noticed(what, data_dir, trained, 
 def test_signals_finish_the_step_save_and_leave(name, to, data_dir, long_run, tmp_path):
     launcher = ("--standalone", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1,SIGHUP")
     process = start_torchrun(
-        2, *flags(data_dir=data_dir, log_dir=tmp_path, **LONG | {"save_every": 1000}), launcher=launcher
+        2,
+        *flags(data_dir=data_dir, log_dir=tmp_path, **LONG | {"save_every": 1000}),
+        launcher=launcher,
     )
     wait_for(lambda: len(log_lines(tmp_path)) > 30)
     number, start = signal.Signals[name], time.time()
@@ -652,7 +840,11 @@ def test_signals_finish_the_step_save_and_leave(name, to, data_dir, long_run, tm
     if to == "rank":
         assert re.search(rf"exitcode\s*: {128 + number}", output), output
     if name == "SIGTERM":  # the state that the others save is no other
-        done = torchrun(2, "train.py", *flags(data_dir=data_dir, log_dir=tmp_path, **LONG | {"save_every": 1000}))
+        done = torchrun(
+            2,
+            "train.py",
+            *flags(data_dir=data_dir, log_dir=tmp_path, **LONG | {"save_every": 1000}),
+        )
         assert done.returncode == 0, done.stderr
         assert_uninterrupted(tmp_path, long_run)
 
@@ -660,16 +852,32 @@ def test_signals_finish_the_step_save_and_leave(name, to, data_dir, long_run, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["validation", "HellaSwag"])
 def test_a_signal_in_the_middle_of_an_evaluation(what, data_dir, tmp_path):
-    """An evaluation of a minute, at step 6: saved and gone within 10 s, no step lost, and the next run measures it."""
+    """An evaluation of a minute, at step 6: saved and gone within 10 s, no step lost, and the next
+    run measures it."""
     write_shards(tmp_path / "data", {"val": [1_500_000], "train": [5457]})
     write_hellaswag(tmp_path / "few.jsonl", 10)
     write_hellaswag(tmp_path / "many.jsonl", 20_000)
-    common = {"data_dir": tmp_path / "data", "val_every": 6, "hellaswag_every": 6, "block_size": 512, "n_embd": 64}
+    common = {
+        "data_dir": tmp_path / "data",
+        "val_every": 6,
+        "hellaswag_every": 6,
+        "block_size": 512,
+        "n_embd": 64,
+    }
     common |= {"hellaswag_data": tmp_path / "few.jsonl"}
     assert torchrun(2, "train.py", *flags(log_dir=tmp_path / "whole", **common)).returncode == 0
-    words = [ROOT / "tests" / "drivers.py", "stop_after", 3, *flags(log_dir=tmp_path / "log", **common)]
+    words = [
+        ROOT / "tests" / "drivers.py",
+        "stop_after",
+        3,
+        *flags(log_dir=tmp_path / "log", **common),
+    ]
     assert "stopped by SIGTERM after 4 steps" in torchrun(2, *words).stdout
-    long = {"val_tokens": 1_499_904} if what == "validation" else {"hellaswag_data": tmp_path / "many.jsonl"}
+    long = (
+        {"val_tokens": 1_499_904}
+        if what == "validation"
+        else {"hellaswag_data": tmp_path / "many.jsonl"}
+    )
     process = start_torchrun(2, *flags(log_dir=tmp_path / "log", **common | long))
     wait_for(lambda: any(line.startswith("5 train") for line in log_lines(tmp_path / "log")), 120)
     time.sleep(4)
@@ -690,15 +898,22 @@ def test_exit_code_of_one_process(name, data_dir, tmp_path):
         [sys.executable, str(ROOT / "train.py"), *words],
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # these tests may themselves run under nohup
+        preexec_fn=lambda: signal.signal(
+            signal.SIGHUP, signal.SIG_DFL
+        ),  # these tests may themselves run under nohup
     )
     wait_for(lambda: len(log_lines(tmp_path)) > 8)
     process.send_signal(signal.Signals[name])
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.Signals[name] and "the same command goes on from here" in output
+    assert (
+        process.returncode == 128 + signal.Signals[name]
+        and "the same command goes on from here" in output
+    )
 
 
-def test_a_signal_before_the_first_step_saves_nothing_and_says_so(data_dir, tmp_path, monkeypatch, capsys):
+def test_a_signal_before_the_first_step_saves_nothing_and_says_so(
+    data_dir, tmp_path, monkeypatch, capsys
+):
     validation_loss = train.validation_loss
 
     def signalled(*arguments):
@@ -712,10 +927,17 @@ def test_a_signal_before_the_first_step_saves_nothing_and_says_so(data_dir, tmp_
 
 
 def test_no_rank_leaves_before_the_last_save_is_done(data_dir, tmp_path):
-    """After a signal torchrun would end rank 0 half a minute later, in a save that takes so long."""
-    words = [str(ROOT / "tests" / "drivers.py"), "slow_save", "8", *flags(data_dir=data_dir, log_dir=tmp_path)]
+    """After a signal torchrun would end rank 0 half a minute later, in a save that takes so
+    long."""
+    words = [
+        str(ROOT / "tests" / "drivers.py"),
+        "slow_save",
+        "8",
+        *flags(data_dir=data_dir, log_dir=tmp_path),
+    ]
     process = subprocess.Popen(
-        torchrun_command(2, *words), env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        torchrun_command(2, *words),
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
     wait_for((tmp_path / "model_00008.pt").exists)
     time.sleep(1.5)
@@ -724,7 +946,8 @@ def test_no_rank_leaves_before_the_last_save_is_done(data_dir, tmp_path):
 
 
 def test_what_gloo_has_left_to_do_does_not_spoil_the_exit_code(data_dir, tmp_path):
-    """A thread of gloo's that gives a tensor back while Python shuts down aborts the process (-6)."""
+    """A thread of gloo's that gives a tensor back while Python shuts down aborts the process
+    (-6)."""
     (tmp_path / "late.py").write_text(
         "import runpy, sys\n"
         "import torch, torch.distributed as dist\n"
@@ -741,8 +964,14 @@ def test_what_gloo_has_left_to_do_does_not_spoil_the_exit_code(data_dir, tmp_pat
 
 
 def test_a_run_outlives_its_terminal(data_dir, trained, tmp_path):
-    """Under nohup a hangup is nothing; and when nobody reads its output any more, the run goes on without."""
-    words = ["nohup", sys.executable, str(ROOT / "train.py"), *flags(data_dir=data_dir, log_dir=tmp_path)]
+    """Under nohup a hangup is nothing; and when nobody reads its output any more, the run goes on
+    without."""
+    words = [
+        "nohup",
+        sys.executable,
+        str(ROOT / "train.py"),
+        *flags(data_dir=data_dir, log_dir=tmp_path),
+    ]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.stdout.close()
@@ -758,7 +987,9 @@ def test_second_job_is_refused_and_orphans_leave(data_dir, tmp_path):
     wait_for(lambda: len(log_lines(tmp_path)) > 8)
     workers = workers_of(process.pid)
     second = script("train.py", *words)
-    assert second.returncode == 2 and f"is being written by process {workers[0]} on" in second.stderr, second.stderr
+    assert (
+        second.returncode == 2 and f"is being written by process {workers[0]} on" in second.stderr
+    ), second.stderr
     process.kill()
     process.communicate()
     wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers), 30)
@@ -770,7 +1001,9 @@ def restart_run(data_dir, log_dir, hurt, timeout=600):
     """A torchrun that may restart 3 times, one of whose ranks is hurt on the way."""
     launcher = ("--standalone", "--max-restarts=3")
     words = flags(data_dir=data_dir, log_dir=log_dir, **LONG | {"timeout": timeout})
-    process = start_torchrun(2, *words, env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, launcher=launcher)
+    process = start_torchrun(
+        2, *words, env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, launcher=launcher
+    )
     wait_for(lambda: len(log_lines(log_dir)) > 40)
     os.kill(random.choice(workers_of(process.pid)), hurt)
     output, _ = process.communicate(timeout=200)
@@ -796,8 +1029,13 @@ def driver(what, *words, ranks=2, env=None):
 
 @pytest.mark.parametrize("poison", ["nan_loss", "inf_loss", "nan_gradient"])
 def test_nan_on_one_rank_skips_the_update_on_all(poison, data_dir, tmp_path):
-    """The poisoned step leaves weights and moments as they were: equal to a run that had no such step."""
-    done = driver(poison, 4, *flags(data_dir=data_dir, log_dir=tmp_path, max_steps=5, save_every=1, keep_every=1))
+    """The poisoned step leaves weights and moments as they were: equal to a run that had no such
+    step."""
+    done = driver(
+        poison,
+        4,
+        *flags(data_dir=data_dir, log_dir=tmp_path, max_steps=5, save_every=1, keep_every=1),
+    )
     assert done.returncode == 0, done.stderr
     assert [line for line in comparable_log(tmp_path) if "skipped" in line] == ["4 skipped 1"]
     before, after = (load_checkpoint(tmp_path / f"model_0000{step}.pt") for step in (4, 5))
@@ -819,9 +1057,10 @@ def test_ten_skips_in_a_row_end_the_run(data_dir, tmp_path):
 
 def test_ranks_that_drift_apart_stop_the_run(data_dir, tmp_path):
     done = driver("drift", 5, *flags(data_dir=data_dir, log_dir=tmp_path))
-    assert done.returncode == 1 and "at step 6 the weights of ranks [1] differ from rank 0's" in done.stderr, (
-        done.stderr
-    )
+    assert (
+        done.returncode == 1
+        and "at step 6 the weights of ranks [1] differ from rank 0's" in done.stderr
+    ), done.stderr
     assert load_checkpoint(tmp_path / "model_checkpoint.pt")["step"] == 3
 
 
@@ -839,19 +1078,34 @@ def test_what_is_not_measured_again_stays_in_the_log(data_dir, trained, tmp_path
     shutil.copytree(trained, tmp_path, symlinks=True, dirs_exist_ok=True)
     before = metrics.read_log(tmp_path)["val"]
     assert before[-1][0] == 8
-    assert train.main(flags(data_dir=data_dir, log_dir=tmp_path, max_steps=12, val_every=5, val_tokens=256)) == 0
+    assert (
+        train.main(
+            flags(data_dir=data_dir, log_dir=tmp_path, max_steps=12, val_every=5, val_tokens=256)
+        )
+        == 0
+    )
     assert metrics.read_log(tmp_path)["val"][:3] == before
 
 
 def test_a_machine_that_does_not_see_the_newest_checkpoint_is_told(data_dir, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "log", symlinks=True)
-    done = driver("sees_no_checkpoint", 0, *flags(data_dir=data_dir, log_dir=tmp_path / "log", max_steps=9))
-    assert done.returncode == 1 and "the ranks would go on after different steps, [8, 0]: nothing" in done.stderr
+    done = driver(
+        "sees_no_checkpoint", 0, *flags(data_dir=data_dir, log_dir=tmp_path / "log", max_steps=9)
+    )
+    assert (
+        done.returncode == 1
+        and "the ranks would go on after different steps, [8, 0]: nothing" in done.stderr
+    )
 
 
 def test_weights_that_overflow_end_the_run_with_a_message(data_dir, tmp_path):
-    done = script("train.py", *flags(data_dir=data_dir, log_dir=tmp_path, max_lr=1e18, warmup_steps=0, save_every=1))
-    assert done.returncode == 1 and "has numbers that are not finite: it is not saved" in done.stderr, done.stderr
+    done = script(
+        "train.py",
+        *flags(data_dir=data_dir, log_dir=tmp_path, max_lr=1e18, warmup_steps=0, save_every=1),
+    )
+    assert (
+        done.returncode == 1 and "has numbers that are not finite: it is not saved" in done.stderr
+    ), done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -877,28 +1131,43 @@ def test_a_rank_that_is_alone_with_bad_data_says_so(data_dir, tmp_path):
     tokens[18 * 16 + 5] = 300
     np.save(shard, tokens)
     done = torchrun(2, "train.py", *flags(data_dir=tmp_path / "data", log_dir=tmp_path / "log"))
-    assert f"error: {shard} has token 300, which is not below" in done.stderr and done.returncode == 1, done.stderr
+    assert (
+        f"error: {shard} has token 300, which is not below" in done.stderr and done.returncode == 1
+    ), done.stderr
 
 
 def test_a_disk_without_any_room_costs_neither_log_nor_run(data_dir, trained, tmp_path):
-    """From step 3 to 6 nothing can be written: a curve and a checkpoint fall out, the log catches up."""
-    words = [ROOT / "tests" / "drivers.py", "no_room", 3, *flags(data_dir=data_dir, log_dir=tmp_path)]
+    """From step 3 to 6 nothing can be written: a curve and a checkpoint fall out, the log catches
+    up."""
+    words = [
+        ROOT / "tests" / "drivers.py",
+        "no_room",
+        3,
+        *flags(data_dir=data_dir, log_dir=tmp_path),
+    ]
     done = script(*words, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert "curve.png'; the curve is not drawn" in done.stdout and "earlier checkpoints are intact" in done.stdout
+    assert (
+        "curve.png'; the curve is not drawn" in done.stdout
+        and "earlier checkpoints are intact" in done.stdout
+    )
     assert comparable_log(tmp_path) == comparable_log(trained)
     assert_same_weights(tmp_path, trained)
 
 
 def test_an_older_checkpoint_that_stays_costs_a_warning(data_dir, trained, tmp_path, capsys):
-    """A directory under a checkpoint's name can't be opened, so it can't be removed: the new checkpoint is good."""
+    """A directory under a checkpoint's name can't be opened, so it can't be removed: the new
+    checkpoint is good."""
     state = load_checkpoint(trained / "model_checkpoint.pt")
     (tmp_path / "model_00001.pt").mkdir()
     (tmp_path / "model_00002.pt").write_bytes(b"")
     config = train.parse(TrainConfig, flags(data_dir=data_dir, log_dir=tmp_path), "", train.PRESETS)
     assert train.save(config, Ranks("cpu"), metrics.Log(tmp_path, 0), state) is True
     printed = capsys.readouterr().out
-    assert "WARNING: an older checkpoint could not be removed: " in printed and "model_00001.pt" in printed
+    assert (
+        "WARNING: an older checkpoint could not be removed: " in printed
+        and "model_00001.pt" in printed
+    )
     assert "saved " in printed and load_checkpoint(tmp_path / "model_checkpoint.pt")["step"] == 8
 
 
@@ -911,7 +1180,9 @@ def test_a_full_disk_at_the_last_save_is_a_failed_run(data_dir, tmp_path):
         env={"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 1 and "the last checkpoint could not be saved" in done.stderr
-    assert load_checkpoint(tmp_path / "model_checkpoint.pt")["step"] == 6 and not list(tmp_path.glob("*.tmp"))
+    assert load_checkpoint(tmp_path / "model_checkpoint.pt")["step"] == 6 and not list(
+        tmp_path.glob("*.tmp")
+    )
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(data_dir, trained, tmp_path, capsys):
@@ -946,7 +1217,12 @@ def test_two_machines_give_the_weights_of_one(data_dir, trained, tmp_path):
     words = flags(data_dir=data_dir, log_dir=tmp_path / "two")
     nodes = []
     for node in range(2):
-        launcher = ("--nnodes=2", f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}")
+        launcher = (
+            "--nnodes=2",
+            f"--node_rank={node}",
+            "--master_addr=127.0.0.1",
+            f"--master_port={port}",
+        )
         nodes.append(start_torchrun(1, *words, launcher=launcher))
     for node in nodes:
         output, _ = node.communicate(timeout=120)
