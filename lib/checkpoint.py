@@ -21,7 +21,7 @@ import torch
 
 from GPT_Modules import GPT, GPTConfig
 from lib.cli import UserError, first_line
-from lib.files import again_if_stale, if_possible, replace, whole_file
+from lib.files import if_possible, replace, whole_file
 from lib.tokenizer import get_tokenizer, tokenizer_of
 
 NEWEST, BEST = "model_checkpoint.pt", "model_best.pt"
@@ -153,7 +153,7 @@ def load_checkpoint(path) -> dict:
     """The content of a checkpoint, on the CPU. Nothing in the file is executed. Raises UserError if
     there is none, if it is damaged, or if it holds anything but plain data."""
     try:
-        again_if_stale(verify, path)
+        verify(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         if (
             not isinstance(content, dict)
@@ -201,7 +201,7 @@ def open_model(name: str) -> tuple[GPT, str, dict, Path | None]:
     damaged.
     """
     path, checkpoint = Path(name), {}
-    if again_if_stale(path.is_dir) and checkpoint_paths(path):
+    if path.is_dir() and checkpoint_paths(path):
         checkpoint, path, damaged = newest_checkpoint(path)
         for reason in damaged:
             logging.getLogger("GPT124M").warning("WARNING: %s: passed over", reason)
