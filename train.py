@@ -287,7 +287,7 @@ def announce(config: TrainConfig, ranks: Ranks, data: Data, facts: dict, source)
     """Print the run's model, data and machine, and what to know of its data, before the first
     step."""
     ranks.say(metrics.in_words(facts, source, data.train))
-    if data.train.manifest and not data.train.manifest["complete"]:
+    if data.train.manifest and not data.train.manifest.complete:
         ranks.say(
             f"WARNING: {config.data_dir} is not complete: a run can't go on after its data has grown"
         )
