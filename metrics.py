@@ -77,13 +77,21 @@ class Log:
         self.file = open(path, "a")
 
     def write(self, step: int, **values: float) -> None:
-        """Append the values of a step, {stream: value}. Raises OSError if the disk is full."""
+        """Append the values of a step, {stream: value}. Raises UserError if the disk is full."""
         if self.file is None:
             return
-        for stream, value in values.items():
-            self.file.write(format_line(step, stream, value))
-            self.curve.add(step, stream, value)
-        self.file.flush()
+        try:
+            for stream, value in values.items():
+                line = format_line(step, stream, value)
+                self.file.write(line)
+                self.curve.add(step, stream, float(line.split()[2]))
+            self.file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self.file.name} can't be written: {error.strerror}.\n"
+                "HINT: make room; the same command goes on from the last checkpoint",
+                code=1,
+            ) from None
 
     def sync(self) -> None:
         """Flush to the disk: before a checkpoint, so that the log has every step that it has."""

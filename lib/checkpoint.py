@@ -84,6 +84,17 @@ def link(path: Path, name: str) -> None:
         shutil.copyfileobj(file, copy)
 
 
+def link_best(log_dir, losses: list[tuple[int, float]]) -> None:
+    """Link BEST to the checkpoint of the lowest loss, if there is one of that step.
+
+    losses: (step, validation loss) of log.txt.
+    """
+    if losses:
+        step, _ = min(losses, key=lambda point: point[1])
+        if path := checkpoint_paths(log_dir).get(step):
+            link(path, BEST)
+
+
 def checkpoint_paths(log_dir) -> dict[int, Path]:
     """{step: path} of the checkpoints in a directory, good or not."""
     paths = {}

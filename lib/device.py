@@ -109,14 +109,18 @@ def recompute_blocks(model: torch.nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(batch_size: int, recompute: bool):
-    """Turn a GPU's or a CPU's lack of memory into a UserError that says what needs less."""
+def explain_out_of_memory(tokens, recompute: bool):
+    """Turn a GPU's or a CPU's lack of memory into a UserError that says what needs less.
+
+    tokens: the TokenLoader whose batches are too large.
+    """
     try:
         yield
     except RuntimeError as error:
         gpu = isinstance(error, torch.OutOfMemoryError)
         if not gpu and "can't allocate memory" not in str(error):
             raise
+        batch_size = tokens.B
         smaller = 2 ** (batch_size - 1).bit_length() // 2
         hints = []
         if batch_size > 1:
