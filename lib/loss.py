@@ -5,11 +5,9 @@
 Shapes: n tokens of a micro-batch, C channels, V vocabulary (rows of the token table).
 """
 
-import math
-
 import torch
 
-SLICE = {"cuda": 2**28, "cpu": 25_000_000}  # logits of a slice: few for memory, enough for speed
+SLICE = {"cuda": 2**28, "cpu": 40_000_000}  # logits of a slice at most: few for memory, enough for speed
 
 
 def linear_cross_entropy(x, weight, targets):
@@ -35,21 +33,14 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, learning):
         n = x.size(0)
         w = weight.to(x.dtype)
-        rows = rows_of_a_slice(n, weight.size(0), x.device.type)
-        # compiled for a GPU, a kernel of our own is faster than what Inductor makes of the formula
-        kernel = x.is_cuda and torch.compiler.is_compiling()
+        rows = rows_of_a_slice(weight.size(0), x.device.type)
         loss = x.new_zeros((), dtype=torch.float32)
         grad_x = torch.empty_like(x) if learning else None
         grad_weight = torch.zeros_like(weight) if learning else None
         for i in range(0, n, rows):
             x_i = x[i : i + rows]  # (rows, C)
             targets_i = targets[i : i + rows]  # (rows,)
-            logits = x_i @ w.T  # (rows, V)
-            if kernel:
-                losses = softmax_loss_(logits, targets_i)
-                grad_logits = logits
-            else:
-                losses, grad_logits = softmax_loss(logits, targets_i)
+            losses, grad_logits = softmax_loss(x_i @ w.T, targets_i)
             # not in place: compiled by torch 2.11, that loses the gradient
             loss = loss + losses.sum() / n
             if learning:
@@ -66,10 +57,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_x * scale, grad_weight * scale, None, None
 
 
-def rows_of_a_slice(n: int, V: int, device: str) -> int:
-    """About SLICE logits, a multiple of 256 rows: matrix products are slower for other shapes."""
-    slices = max(1, n * V // SLICE.get(device, SLICE["cpu"]))
-    return math.ceil(n / slices / 256) * 256
+def rows_of_a_slice(V: int, device: str) -> int:
+    """Tokens whose logits are in memory at once: a multiple of 256, because GPUs multiply matrices
+    of other shapes more slowly."""
+    return max(1, SLICE.get(device, SLICE["cpu"]) // V // 256) * 256
 
 
 def softmax_loss(logits, targets):
@@ -77,10 +68,13 @@ def softmax_loss(logits, targets):
 
     logits (rows, V), targets (rows,) -> losses (rows,) float32, gradient (rows, V) as the logits:
     loss = log(sum(exp(logits))) - logits[target], gradient = softmax(logits) - one_hot(target).
+    Takes the memory of the logits.
     """
+    if logits.is_cuda and torch.compiler.is_compiling():  # faster than what Inductor makes of it
+        return softmax_loss_(logits, targets), logits
     dtype = logits.dtype
-    targets = targets[:, None]  # (rows, 1)
     logits = logits.float()  # from here in place, because it is large
+    targets = targets[:, None]  # (rows, 1)
     target_logits = logits.gather(1, targets)  # (rows, 1)
     highest = logits.amax(dim=1, keepdim=True)
     probs = logits.sub_(highest).exp_()
