@@ -5,31 +5,29 @@ python sample.py --model gpt2 --prompt_file prompt.txt --num_samples 1 --tempera
 echo "def main():" | python sample.py - --model demo/log/model_checkpoint.pt
 """
 
-import codecs
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tiktoken
 import torch
 
 from GPT_Modules import GPT
 from lib.checkpoint import load_model
 from lib.cli import PositiveInt, UserError, command, parse
-from lib.ranks import choose_device
-from lib.tokenizer import PROMPT, get_tokenizer
+from lib.device import changing_shapes, choose_device
+from lib.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     # the prompt
-    prompt: str = (
-        ""  # text to continue; - reads standard input; without one the model begins a document
-    )
+    prompt: str = ""  # text to continue; - reads standard input; none: begin a document
     prompt_file: str | None = None  # file with the text to continue
     # the model
-    model: str = "log/model_checkpoint.pt"  # a checkpoint, an exported folder, or gpt2, gpt2-medium ... from the Hub
+    model: str = "log/model_checkpoint.pt"  # a checkpoint, a model's folder, or gpt2 ... of the Hub
+    tokenizer: str | None = None  # for a model that brings none: gpt2, or a tokenizer.json
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
     # the text
     num_samples: PositiveInt = 4  # texts to write
@@ -41,38 +39,39 @@ class SampleConfig:
 
 def stream_text(
     model: GPT,
-    encoding: tiktoken.Encoding,
+    tokenizer: Tokenizer,
     prompt: str,
     max_new_tokens: int,
     temperature=1.0,
     top_k=50,
     seed=42,
-):
+) -> Iterator[str]:
     """Yield the continuation of a prompt piece by piece, until max_new_tokens or the end of the
     document."""
     device = model.lm_head.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    tokens = encoding.encode(prompt, allowed_special="all") or [encoding.eot_token]
+    tokens = tokenizer.encode_prompt(prompt) or [tokenizer.eot_token]
     idx = torch.tensor([tokens], device=device)  # (1, T)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
-    for token in model.stream(
-        idx, max_new_tokens, temperature, top_k or None, generator, encoding.n_vocab
-    ):
-        if token.item() == encoding.eot_token:
-            break
-        yield decoder.decode(encoding.decode_single_token_bytes(token.item()))
-    yield decoder.decode(b"", final=True)
+    decoder = tokenizer.decoder()
+    with changing_shapes():
+        for token in model.stream(
+            idx, max_new_tokens, temperature, top_k or None, generator, tokenizer.n_vocab
+        ):
+            if token.item() == tokenizer.eot_token:
+                break
+            yield decoder.step(token.item())
+    yield decoder.end()
 
 
-def show_samples(model: GPT, encoding: tiktoken.Encoding, autocast) -> str:
+def show_samples(model: GPT, tokenizer: Tokenizer, autocast) -> str:
     """Two texts of a model in training, ready to print."""
-    prompt, length, texts = PROMPT[encoding.name], 64 if encoding.name == "gpt2" else 256, []
+    length = 256 if tokenizer.unit == "byte" else 64
+    texts = []
     for seed in (42, 43):
         with autocast:
-            text = prompt + "".join(
-                stream_text(model, encoding, prompt, length, temperature=0.8, seed=seed)
-            )
-        texts.append("  sample\n  > " + printable(text).replace("\n", "\n  > "))
+            pieces = list(stream_text(model, tokenizer, tokenizer.prompt, length, 0.8, seed=seed))
+        text = printable(tokenizer.prompt + "".join(pieces)).replace("\n", "\n  > ")
+        texts.append(f"  sample\n  > {text}")
     return "\n".join(texts)
 
 
@@ -96,14 +95,13 @@ def main(argv=None) -> int:
         raise UserError(
             f"the prompt {config.prompt_file or '-'} can't be read as UTF-8 text: {error}"
         ) from None
-    model, tokenizer = load_model(config.model, choose_device(config.device))
-    encoding = get_tokenizer(tokenizer)
+    model, tokenizer = load_model(config.model, choose_device(config.device), config.tokenizer)
     for number in range(config.num_samples):
         if config.num_samples > 1:
             print(f"--- sample {number + 1} of {config.num_samples}")
         print(prompt, end="", flush=True)
         options = config.max_new_tokens, config.temperature, config.top_k, config.seed + number
-        for piece in stream_text(model, encoding, prompt, *options):
+        for piece in stream_text(model, tokenizer, prompt, *options):
             print(piece, end="", flush=True)
         print()
     return 0

@@ -19,7 +19,7 @@ import torch
 from GPT_Modules import GPT, GPTConfig
 from lib.cli import UserError, first_line
 from lib.files import if_possible, replace, whole_file
-from lib.tokenizer import get_tokenizer, tokenizer_of
+from lib.tokenizer import Tokenizer, get_tokenizer
 
 NEWEST = "model_checkpoint.pt"  # link to the newest checkpoint
 BEST = "model_best.pt"  # link to the one with the lowest validation loss
@@ -159,16 +159,19 @@ def newest_checkpoint(log_dir) -> Newest | None:
     return None
 
 
-def open_model(name: str) -> tuple[GPT, str, dict, Path | None]:
-    """(model on the CPU, name of its tokenizer, the checkpoint it is from, the checkpoint's path)
-    of --model.
+@dataclass(frozen=True)
+class Opened:
+    """A model that was found by its name."""
 
-    name: a checkpoint (the original scripts' too), a run's log directory (its newest good
-    checkpoint), an exported folder, or OpenAI's weights by name from the Hub; of the last two the
-    checkpoint is {} and its path None. Raises UserError if there is no such model, or if it is
-    damaged.
-    """
-    path, checkpoint = Path(name), {}
+    model: GPT  # on the CPU, in evaluation mode
+    tokenizer: Tokenizer
+    checkpoint: dict  # {} for a folder or a name
+    path: Path | None  # of the checkpoint
+
+
+def open_model(name: str, tokenizer: str | None = None) -> Opened:
+    path = Path(name)
+    checkpoint = {}
     if path.is_dir() and (newest := newest_checkpoint(path)):
         checkpoint = newest.checkpoint
         path = newest.path
@@ -182,22 +185,17 @@ def open_model(name: str) -> tuple[GPT, str, dict, Path | None]:
             model.load_weights(checkpoint["model"])
         except ValueError as error:
             raise UserError(f"{path}: {error}") from None
-        return model.eval(), checkpoint.get("tokenizer", "gpt2"), checkpoint, path
+        found = get_tokenizer(checkpoint.get("tokenizer", "gpt2"))
+        return Opened(model.eval(), found, checkpoint, path)
     try:
-        model, tokenizer = GPT.from_pretrained(name).eval(), tokenizer_of(name)
-    except (
-        Exception
-    ) as error:  # what the Hub's HTTP library raises can't be named without naming the library
+        model = GPT.from_pretrained(name).eval()
+    except Exception as error:
         where = "as a model folder" if path.is_dir() else "from the Hub"
         raise UserError(f"{name} can't be read {where}: {first_line(error)}") from None
-    if model.config.vocab_size < get_tokenizer(tokenizer).n_vocab:
-        raise UserError(
-            f"{name} has a vocabulary of {model.config.vocab_size}: its tokenizer is not GPT-2's"
-        )
-    return model, tokenizer, {}, None
+    return Opened(model, get_tokenizer(name if path.is_dir() else "gpt2"), {}, None)
 
 
-def load_model(name: str, device="cpu") -> tuple[GPT, str]:
-    """(model on the device, name of its tokenizer) of --model: see open_model."""
-    model, tokenizer, _, _ = open_model(name)
-    return model.to(device), tokenizer
+def load_model(name: str, device="cpu", tokenizer: str | None = None) -> tuple[GPT, Tokenizer]:
+    """(model on the device, its tokenizer) of --model: see open_model."""
+    opened = open_model(name, tokenizer)
+    return opened.model.to(device), opened.tokenizer
