@@ -1,159 +1,116 @@
 """Checkpoints: the state of a run as plain data, whole and verified or not there at all.
 
     checkpoint = load_checkpoint("log/model_checkpoint.pt")      # a dict, verified
-    model, tokenizer = load_model("log/model_checkpoint.pt")     # or an exported folder, or gpt2 from the Hub
+    model, tokenizer = load_model("log")                         # or a folder, or gpt2 from the Hub
 
 LOG_DIR/model_05000.pt is the state after 5000 updates; model_checkpoint.pt points to the newest
 good one.
 """
 
 import logging
-import math
-import os
 import re
 import shutil
-import threading
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from GPT_Modules import GPT, GPTConfig
 from lib.cli import UserError, first_line
-from lib.files import again_if_stale, if_possible, replace, whole_file
+from lib.files import if_possible, replace, whole_file
 from lib.tokenizer import get_tokenizer, tokenizer_of
 
-NEWEST, BEST = "model_checkpoint.pt", "model_best.pt"
+NEWEST = "model_checkpoint.pt"  # link to the newest checkpoint
+BEST = "model_best.pt"  # link to the one with the lowest validation loss
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
-def save_checkpoint(log_dir, state: dict, best: bool = False) -> Path:
-    """Save the state of a run as LOG_DIR/model_NNNNN.pt (NNNNN: its step), verify it, link
-    model_checkpoint.pt to it.
+def save_checkpoint(log_dir, state: dict) -> Path:
+    """Save the state of a run as LOG_DIR/model_NNNNN.pt, NNNNN its step, and link NEWEST to it.
 
-    state: model, optimizer, scaler, config, step, val_loss, val_step, tokenizer, train_config,
-    precision, data. best: save it without the optimizer, as model_best.pt instead. Raises OSError
-    if the disk is full or fails, and UserError for weights or moments that are not finite; then
+    state: model, optimizer, scaler, config, step, tokenizer, precision, train_config, data.
+    Raises OSError if the disk is full or fails, and UserError for weights that are not finite; then
     nothing has changed on the disk.
     """
-    check_finite(state)
+    if not all(weight.isfinite().all() for weight in state["model"].values()):
+        raise UserError(
+            f"the weights after step {state['step']} have numbers that are not finite: "
+            "they are not saved, and the run ends",
+            code=1,
+        )
     path = Path(log_dir) / f"model_{state['step']:05d}.pt"
-    if best:
-        path, state = path.with_name(BEST), without_optimizer(state)
     try:
         with whole_file(path) as file:
             torch.save(state, file)
-            file.flush()
-            with ThreadPoolExecutor(
-                1
-            ) as pool:  # the checksums are compared while the disk is still writing
-                written = pool.submit(os.fsync, file.fileno())
-                verify(file.name)
-                written.result()
-    except Exception as error:
-        # torch's zip writer hides the OSError of a full disk behind a RuntimeError ("unexpected
-        # pos")
-        if not isinstance(error, OSError | zipfile.BadZipFile) and not isinstance(
-            error.__context__, OSError
-        ):
+    except (OSError, RuntimeError) as error:
+        # torch's zip writer hides the OSError of a full disk behind a RuntimeError
+        if not isinstance(error, OSError) and not isinstance(error.__context__, OSError):
             raise
         free = shutil.disk_usage(log_dir).free
-        raise OSError(
-            f"{path} could not be saved ({error}); {free:,} bytes are free there"
-        ) from error
-    if not best:
-        point_newest(path)
+        message = f"{path} could not be saved ({error}); {free:,} bytes are free there"
+        raise OSError(message) from error
+    link(path, NEWEST)
     return path
 
 
-def remove_older(log_dir, step: int, keep_every: int) -> list[OSError]:
-    """Remove the checkpoints before `step` but for the last one and each multiple of keep_every (0:
-    none). Returns the errors of those that stay."""
-    paths, errors = checkpoint_paths(log_dir), []
-    for older in sorted(s for s in paths if s < step)[:-1]:
-        if not (keep_every and older % keep_every == 0):
-            try:
-                file = open(paths[older], "rb")
-                paths[
-                    older
-                ].unlink()  # the name goes now; freeing the blocks is slow: a thread closes the last handle
-                threading.Thread(target=file.close).start()
-            except OSError as error:
-                errors.append(error)
-    return errors
+def remove_older(log_dir, step: int, keep_every: int) -> None:
+    """Remove the checkpoints before `step` that need not be kept.
+
+    Kept are the last one before it, multiples of keep_every (0: none), and the one that BEST links
+    to. Raises OSError for one that can't be removed.
+    """
+    paths = checkpoint_paths(log_dir)
+    older = sorted(s for s in paths if s < step)
+    best = (Path(log_dir) / BEST).resolve()
+    for number in older[:-1]:
+        multiple = keep_every and number % keep_every == 0
+        if not multiple and paths[number].resolve() != best:
+            paths[number].unlink()
 
 
-def best_loss(log_dir) -> float:
-    """The validation loss of model_best.pt, which the next best has to beat; infinite if there is
-    none."""
-    path = Path(log_dir) / BEST
-    return load_checkpoint(path)["val_loss"] if path.exists() else math.inf
+def link(path: Path, name: str) -> None:
+    """Make `name`, beside the checkpoint `path`, a relative link to it, in one move.
 
-
-def check_finite(state: dict) -> None:
-    moments = [
-        t
-        for values in state["optimizer"]["state"].values()
-        for t in values.values()
-        if torch.is_tensor(t)
-    ]
-    norms = torch._foreach_norm([*state["model"].values(), *moments])
-    if not all(torch.isfinite(norm) for norm in norms):
-        what = f"the state after step {state['step']} has numbers that are not finite"
-        raise UserError(f"{what}: it is not saved, and the run ends", code=1, alone=True)
-
-
-def verify(path) -> None:
-    """Compare every part of a checkpoint with its checksum, which torch.load does not; raises if
-    one is wrong."""
-    with zipfile.ZipFile(path) as archive:
-        parts = sorted(archive.infolist(), key=lambda part: part.file_size)
-
-    def check(some):
-        with zipfile.ZipFile(path) as archive:
-            for part in some:
-                with archive.open(part) as file:  # raises at its end if the checksum is wrong
-                    while file.read(2**20):
-                        pass
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(check, (parts[first::4] for first in range(4))))
-
-
-def point_newest(path: Path) -> None:
-    """Make model_checkpoint.pt, beside it, a relative link to this checkpoint, in one move; where
-    there are no links, a copy of what a model needs."""
-    newest, temporary = path.with_name(NEWEST), path.with_name(NEWEST + ".tmp")
+    A copy where there are no links.
+    """
+    temporary = path.with_name(f"{name}.tmp")
     temporary.unlink(missing_ok=True)
-    with if_possible(
-        "symbolic links", f"{NEWEST} is a copy of the newest checkpoint, without the optimizer"
-    ):
+    with if_possible("symbolic links", f"{name} is a copy of its checkpoint"):
         temporary.symlink_to(path.name)
-        return replace(temporary, newest)
-    with whole_file(newest) as file:
-        torch.save(without_optimizer(load_checkpoint(path)), file)
+        replace(temporary, path.with_name(name))
+        return
+    with whole_file(path.with_name(name)) as copy, open(path, "rb") as file:
+        shutil.copyfileobj(file, copy)
 
 
-def without_optimizer(state: dict) -> dict:
-    """The state without optimizer and scaler: what a model needs, a third of the size."""
-    return {name: value for name, value in state.items() if name not in ("optimizer", "scaler")}
+def link_best(log_dir, losses: list[tuple[int, float]]) -> None:
+    """Link BEST to the checkpoint of the lowest loss, if there is one of that step.
+
+    losses: (step, validation loss) of log.txt.
+    """
+    if losses:
+        step, _ = min(losses, key=lambda point: point[1])
+        if path := checkpoint_paths(log_dir).get(step):
+            link(path, BEST)
 
 
 def checkpoint_paths(log_dir) -> dict[int, Path]:
     """{step: path} of the checkpoints in a directory, good or not."""
-    names = (
-        (re.fullmatch(r"model_(\d{5,})\.pt", path.name), path)
-        for path in Path(log_dir).glob("model_*.pt")
-    )
-    return {int(match[1]): path for match, path in names if match}
+    paths = {}
+    for path in Path(log_dir).glob("model_*.pt"):
+        if match := re.fullmatch(r"model_(\d{5,})\.pt", path.name):
+            paths[int(match[1])] = path
+    return paths
 
 
 def load_checkpoint(path) -> dict:
     """The content of a checkpoint, on the CPU. Nothing in the file is executed. Raises UserError if
     there is none, if it is damaged, or if it holds anything but plain data."""
     try:
-        again_if_stale(verify, path)
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
+            if part := archive.testzip():
+                raise ValueError(f"the checksum of {part} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
         if (
             not isinstance(content, dict)
@@ -173,22 +130,33 @@ def load_checkpoint(path) -> dict:
         raise UserError(f"{path} is damaged or not a checkpoint: {first_line(error)}") from None
 
 
-def newest_checkpoint(log_dir) -> tuple[dict | None, Path | None, list[str]]:
-    """(content, path, reasons why newer ones were passed over) of the newest good checkpoint;
-    (None, None, []) in a directory without any. Raises UserError with every reason if all are
-    bad."""
-    reasons = []
+@dataclass(frozen=True)
+class Newest:
+    """The newest good checkpoint of a directory, and why newer ones were passed over."""
+
+    checkpoint: dict
+    path: Path
+    damaged: list[str]
+
+
+def newest_checkpoint(log_dir) -> Newest | None:
+    """The newest good checkpoint; None in a directory without any.
+
+    Raises UserError with every reason if there are some and all are bad.
+    """
+    damaged = []
     for _, path in sorted(checkpoint_paths(log_dir).items(), reverse=True):
         try:
-            return load_checkpoint(path), path, reasons
+            return Newest(load_checkpoint(path), path, damaged)
         except UserError as error:
-            reasons.append(str(error))
-    if reasons:
+            damaged.append(str(error))
+    if damaged:
+        reasons = "\n".join(damaged)
         raise UserError(
-            "\n".join([f"no checkpoint in {log_dir} is good:", *reasons])
-            + "\nHINT: restore one, or choose another --log_dir to start afresh"
+            f"no checkpoint in {log_dir} is good:\n{reasons}\n"
+            "HINT: restore one, or choose another --log_dir to start afresh"
         )
-    return None, None, []
+    return None
 
 
 def open_model(name: str) -> tuple[GPT, str, dict, Path | None]:
@@ -201,9 +169,10 @@ def open_model(name: str) -> tuple[GPT, str, dict, Path | None]:
     damaged.
     """
     path, checkpoint = Path(name), {}
-    if again_if_stale(path.is_dir) and checkpoint_paths(path):
-        checkpoint, path, damaged = newest_checkpoint(path)
-        for reason in damaged:
+    if path.is_dir() and (newest := newest_checkpoint(path)):
+        checkpoint = newest.checkpoint
+        path = newest.path
+        for reason in newest.damaged:
             logging.getLogger("GPT124M").warning("WARNING: %s: passed over", reason)
     elif path.is_file() or (not path.is_dir() and name not in HUB_NAMES):
         checkpoint = load_checkpoint(path)
