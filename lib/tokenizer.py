@@ -120,6 +120,11 @@ OTHER_FILES = (
 )
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Does a model's folder bring a tokenizer, be it one that can be used or not?"""
+    return any((folder / name).exists() for name in ("tokenizer.json", *OTHER_FILES))
+
+
 class Tokenizer:
     """What every tokenizer has.
 
