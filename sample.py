@@ -23,10 +23,10 @@ from lib.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class SampleConfig:
     # the prompt
-    prompt: str = ""  # text to continue; - reads standard input; none: begin a document
+    prompt: str = ""  # text to continue; - reads standard input; without one a document begins
     prompt_file: str | None = None  # file with the text to continue
     # the model
-    model: str = "log/model_checkpoint.pt"  # a checkpoint, a model's folder, or gpt2 ... of the Hub
+    model: str = "log/model_checkpoint.pt"  # a checkpoint, a folder, or gpt2 ... from the Hub
     tokenizer: str | None = None  # for a model that brings none: gpt2, or a tokenizer.json
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
     # the text
@@ -37,26 +37,32 @@ class SampleConfig:
     seed: int = 42  # the same seed gives the same text
 
 
-def stream_text(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_new_tokens: int,
-    temperature=1.0,
-    top_k=50,
-    seed=42,
-) -> Iterator[str]:
+@dataclass(frozen=True)
+class Sampling:
+    """How a text is drawn from a model: see SampleConfig."""
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 50
+    seed: int = 42
+
+
+def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Iterator[str]:
     """Yield the continuation of a prompt piece by piece, until max_new_tokens or the end of the
     document."""
     device = model.lm_head.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
     tokens = tokenizer.encode_prompt(prompt) or [tokenizer.eot_token]
-    idx = torch.tensor([tokens], device=device)  # (1, T)
+    stream = model.stream(
+        torch.tensor([tokens], device=device),  # (1, T)
+        sampling.max_new_tokens,
+        sampling.temperature,
+        sampling.top_k or None,
+        torch.Generator(device).manual_seed(sampling.seed),
+        tokenizer.n_vocab,
+    )
     decoder = tokenizer.decoder()
     with changing_shapes():
-        for token in model.stream(
-            idx, max_new_tokens, temperature, top_k or None, generator, tokenizer.n_vocab
-        ):
+        for token in stream:
             if token.item() == tokenizer.eot_token:
                 break
             yield decoder.step(token.item())
@@ -68,10 +74,11 @@ def show_samples(model: GPT, tokenizer: Tokenizer, autocast) -> str:
     length = 256 if tokenizer.unit == "byte" else 64
     texts = []
     for seed in (42, 43):
+        sampling = Sampling(length, temperature=0.8, seed=seed)
         with autocast:
-            pieces = list(stream_text(model, tokenizer, tokenizer.prompt, length, 0.8, seed=seed))
-        text = printable(tokenizer.prompt + "".join(pieces)).replace("\n", "\n  > ")
-        texts.append(f"  sample\n  > {text}")
+            pieces = stream_text(model, tokenizer, tokenizer.prompt, sampling)
+            text = tokenizer.prompt + "".join(pieces)
+        texts.append("  sample\n  > " + printable(text).replace("\n", "\n  > "))
     return "\n".join(texts)
 
 
@@ -80,9 +87,8 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
-@command
-def main(argv=None) -> int:
-    config = parse(SampleConfig, argv, __doc__, positional="prompt")
+def read_prompt(config: SampleConfig) -> str:
+    """The text to continue. Raises UserError if it can't be read, or is no text."""
     if config.prompt_file and config.prompt:
         raise UserError("give a prompt or --prompt_file, not both")
     try:
@@ -91,17 +97,26 @@ def main(argv=None) -> int:
             prompt = Path(config.prompt_file).read_text(encoding="utf-8")
         elif prompt == "-":
             prompt = sys.stdin.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"the prompt {config.prompt_file or '-'} can't be read as UTF-8 text: {error}"
-        ) from None
-    model, tokenizer = load_model(config.model, choose_device(config.device), config.tokenizer)
+        prompt.encode()  # bytes of the command line that are not UTF-8 are lone surrogates here
+    except (OSError, UnicodeError) as error:
+        place = config.prompt_file or ("-" if config.prompt == "-" else "on the command line")
+        raise UserError(f"the prompt {place} can't be read as UTF-8 text: {error}") from None
+    return prompt
+
+
+@command
+def main(argv=None) -> int:
+    config = parse(SampleConfig, argv, __doc__, positional="prompt")
+    prompt = read_prompt(config)
+    device = choose_device(config.device)
+    model, tokenizer = load_model(config.model, device, config.tokenizer)
     for number in range(config.num_samples):
         if config.num_samples > 1:
             print(f"--- sample {number + 1} of {config.num_samples}")
         print(prompt, end="", flush=True)
-        options = config.max_new_tokens, config.temperature, config.top_k, config.seed + number
-        for piece in stream_text(model, tokenizer, prompt, *options):
+        seed = config.seed + number
+        sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, seed)
+        for piece in stream_text(model, tokenizer, prompt, sampling):
             print(piece, end="", flush=True)
         print()
     return 0
