@@ -199,8 +199,9 @@ def field_of(row, text_field: str):
     found = row
     for name in text_field.split("."):
         if not isinstance(found, dict) or name not in found:
-            has = "an object with " + (", ".join(row) or "nothing") if isinstance(row, dict) else ""
-            return Wrong(f"it has no field {text_field}, it is {has or shown_type(row)}")
+            if isinstance(row, dict):
+                return Wrong(no_field(text_field, list(row)))
+            return Wrong(f"it is {shown_type(row)}, not an object with the field {text_field}")
         found = found[name]
     return found
 
@@ -215,13 +216,14 @@ def parquet_documents(file, text_field: str, skip: int):
     import pyarrow.compute
     import pyarrow.parquet
 
-    table = pyarrow.parquet.ParquetFile(file, buffer_size=2**20)
+    # without these two a whole row group, perhaps the whole file, would be read at once
+    table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
     names = table.schema_arrow.names
     path = [text_field] if text_field in names else text_field.split(".")
     fields = table.schema_arrow
     for name in path:
         if fields is None or fields.get_field_index(name) < 0:
-            raise WrongFile(no_column(text_field, names))
+            raise WrongFile(": " + no_field(text_field, names))
         kind = fields.field(name).type
         fields = kind if pyarrow.types.is_struct(kind) else None
     row = 0
@@ -272,7 +274,7 @@ def separated_documents(file, text_field: str, skip: int, delimiter: str):
     try:
         names = next(rows, [])
         if names and names.count(text_field) != 1:
-            raise WrongFile(no_column(text_field, names))
+            raise WrongFile(": " + no_field(text_field, names))
         read = 0
         end = rows.line_num
         for cells in rows:
@@ -301,10 +303,11 @@ def without_escapes(found: str) -> str:
         return not_utf8(error)
 
 
-def no_column(text_field: str, names: list[str]) -> str:
+def no_field(text_field: str, names: list[str]) -> str:
     if text_field in names:
-        return f": --text_field {text_field}: several columns have this name"
-    return f": --text_field {text_field}: there is no such field; it has {', '.join(names)}"
+        return f"--text_field {text_field}: several columns have this name"
+    has = ", ".join(names) or "none"
+    return f"--text_field {text_field}: there is no such field; it has {has}"
 
 
 READERS = {

@@ -1,8 +1,11 @@
 """Documents -> shards -> batches, against plain algorithms written out here, and against faults."""
 
+import csv
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import random
 import re
@@ -17,53 +20,57 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiktoken
 from conftest import ROOT, flags, script
 from hub import COMMIT, Hub
 
 import data_generator
-from lib.shards import FINEWEB_EDU, read_manifest
+from lib.shards import FINEWEB_EDU, find_tokenizer, read_manifest
 from lib.tokenizer import get_tokenizer
 
 HAZARDS = [
-    "plain words", "", "a literal <|endoftext|> in the text", "\ud800 a lone surrogate \udfff", "a" * 1_000_000,
-    "é中🙂" * 50, "  spaces\n\n\tand\r\nlines  ", "long " * 9_000,
+    "plain words", "", "a literal <|endoftext|> in the text", "a" * 1_000_000, "é中🙂" * 50,
+    "  spaces\n\n\tand\r\nlines  ", "long " * 9_000, "a byte order mark inside: \ufeff",
 ]  # fmt: skip
 
 
 def plain_shards(documents, tokenizer, shard_size) -> list[np.ndarray]:
     """The algorithm, as plain as it gets: one long stream, cut every shard_size."""
-    encoding = get_tokenizer(tokenizer)
+    gpt2 = tiktoken.get_encoding("gpt2")
     stream = []
     for text in documents:
-        stream += [encoding.eot_token, *encoding.encode_ordinary(text)]
+        if tokenizer == "bytes":
+            stream += [256, *text.encode()]
+        else:
+            stream += [gpt2.eot_token, *gpt2.encode_ordinary(text)]
     return [
         np.array(stream[i : i + shard_size], dtype=np.uint16)
         for i in range(0, len(stream), shard_size)
     ]
 
 
-def assert_shards(data_dir, expected: list[np.ndarray]):
+def assert_shards(data_dir, expected: list[np.ndarray], skipped=0):
     """The directory holds exactly these shards, byte for byte as np.save writes them, and a
     manifest that says so."""
     manifest = read_manifest(data_dir)
     assert (
-        manifest["complete"]
-        and manifest["position"] is None
-        and len(manifest["shards"]) == len(expected)
+        manifest.complete
+        and manifest.position is None
+        and manifest.skipped == skipped
+        and len(manifest.shards) == len(expected)
     )
-    for number, (entry, tokens) in enumerate(zip(manifest["shards"], expected, strict=True)):
-        assert entry["file"] == f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
-        content = (Path(data_dir) / entry["file"]).read_bytes()
+    for number, (entry, tokens) in enumerate(zip(manifest.shards, expected, strict=True)):
+        assert entry.file == f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
+        content = (Path(data_dir) / entry.file).read_bytes()
         reference = io.BytesIO()
         np.save(reference, tokens)
         assert (
-            content == reference.getvalue()
-            and entry["sha256"] == hashlib.sha256(content).hexdigest()
+            content == reference.getvalue() and entry.sha256 == hashlib.sha256(content).hexdigest()
         )
-        eot = get_tokenizer(manifest["tokenizer"]).eot_token
-        assert entry["tokens"] == len(tokens) and entry["documents"] == (tokens == eot).sum()
+        eot = get_tokenizer(find_tokenizer(data_dir, manifest)).eot_token
+        assert entry.tokens == len(tokens) and entry.documents == (tokens == eot).sum()
     names = {path.name for path in Path(data_dir).iterdir()}
-    assert names == {entry["file"] for entry in manifest["shards"]} | {"manifest.json", ".lock"}
+    assert names == {entry.file for entry in manifest.shards} | {"manifest.json", ".lock"}
 
 
 def write_jsonl(path, documents):
@@ -84,6 +91,11 @@ def contents(directory) -> dict[str, bytes]:
     return {
         path.name: path.read_bytes() for path in Path(directory).iterdir() if path.name != ".lock"
     }
+
+
+def written_shards(data_dir) -> int:
+    manifest = read_manifest(data_dir)
+    return len(manifest.shards) if manifest else 0
 
 
 def words_of(n: int, seed=0) -> list[str]:
@@ -214,7 +226,7 @@ def test_tiny_shakespeare(tmp_path):
         == 0
     )
     tokens = np.concatenate(
-        [np.load(tmp_path / shard["file"]) for shard in read_manifest(tmp_path)["shards"]]
+        [np.load(tmp_path / shard.file) for shard in read_manifest(tmp_path).shards]
     )
     assert len(tokens) == 338_026
     assert (
@@ -225,8 +237,6 @@ def test_tiny_shakespeare(tmp_path):
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "txt"])
 def test_local_files_by_glob(kind, tmp_path):
-    import gzip
-
     files = [words_of(40, seed) for seed in range(3)]
     # names that are patterns as well; brackets in the name of a packed file are more than
     # `datasets` can read
@@ -303,14 +313,29 @@ def fineweb():
 
 def generate(hub, tmp_path, *words, **options):
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
-    return script(
-        "data_generator.py",
-        f"--data_dir={tmp_path / 'data'}",
-        "--shard_size=4000",
-        *words,
-        env=environment,
-        **options,
-    )
+    data_dir = f"--data_dir={tmp_path / 'data'}"
+    common = [data_dir, "--shard_size=4000", *words]
+    return script("data_generator.py", *common, env=environment, **options)
+
+
+IMPATIENT = """
+import sys, data_generator
+data_generator.PAUSES = (0.1, 0.2, 0.3)
+if __name__ == "__main__":
+    sys.exit(data_generator.main(sys.argv[1:]))
+"""
+
+
+def generate_impatiently(hub, tmp_path, *words):
+    """The same, with short pauses before each new try."""
+    (tmp_path / "driver.py").write_text(IMPATIENT)
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
+    common = [f"--data_dir={tmp_path / 'data'}", "--shard_size=4000", *words]
+    return script(str(tmp_path / "driver.py"), *common, env=environment)
+
+
+def test_the_pauses_before_each_new_try():
+    assert data_generator.PAUSES == (10, 60, 300)
 
 
 def test_the_default_command_on_the_hub(fineweb, tmp_path):
@@ -319,7 +344,7 @@ def test_the_default_command_on_the_hub(fineweb, tmp_path):
     assert done.returncode == 0, done.stderr
     assert_shards(tmp_path / "data", plain_shards(documents, "gpt2", 4000))
     manifest = read_manifest(tmp_path / "data")
-    assert (manifest["dataset"], manifest["name"], manifest["revision"]) == (
+    assert (manifest.dataset, manifest.name, manifest.revision) == (
         FINEWEB_EDU,
         "sample-10BT",
         COMMIT,
@@ -359,7 +384,7 @@ def test_network_faults_are_tried_again(fault, fineweb, tmp_path):
         return True
 
     hub.faults.append(answer)
-    done = generate(hub, tmp_path)
+    done = generate_impatiently(hub, tmp_path)
     assert done.returncode == 0 and left == [0], done.stderr
     assert_shards(tmp_path / "data", plain_shards(documents, "gpt2", 4000))
 
@@ -381,8 +406,8 @@ def test_a_body_that_lies_about_its_length_is_not_taken_for_a_whole_one(fineweb,
         return True
 
     hub.faults.append(answer)
-    done = generate(hub, tmp_path)
-    assert done.returncode == 0 and "next try in 1 s" in done.stderr, done.stderr
+    done = generate_impatiently(hub, tmp_path)
+    assert done.returncode == 0 and "next try in 0.1 s" in done.stderr, done.stderr
     assert_shards(tmp_path / "data", plain_shards(documents, "gpt2", 4000))
 
 
@@ -391,29 +416,13 @@ def test_a_network_that_stays_away_ends_with_a_message_and_the_next_run_goes_on(
     hub, documents = fineweb
     down = lambda handler, path: "002_00000" in path and (handler.answer(503, b"") or True)  # noqa: E731
     hub.faults.append(down)
-    driver = (
-        "import sys, data_generator as d; d.PAUSES = (0.1, 0.2)\nif __name__ == '__main__':"
-        " sys.exit(d.main(sys.argv[1:]))"
-    )
-    (tmp_path / "driver.py").write_text(driver)
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "hf"),
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [
-        sys.executable,
-        str(tmp_path / "driver.py"),
-        f"--data_dir={tmp_path / 'data'}",
-        "--shard_size=4000",
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = generate_impatiently(hub, tmp_path)
     assert (
         done.returncode == 1
         and "can't be fetched from the Hub" in done.stderr
         and "run the same command again" in done.stderr
     )
-    assert "Traceback" not in done.stderr and not read_manifest(tmp_path / "data")["complete"]
+    assert "Traceback" not in done.stderr and not read_manifest(tmp_path / "data").complete
     hub.faults.clear()
     assert generate(hub, tmp_path).returncode == 0
     assert_shards(tmp_path / "data", plain_shards(documents, "gpt2", 4000))
@@ -434,7 +443,8 @@ def test_other_hub_data_sets(tmp_path):
         done = generate(hub, tmp_path, *common)
         assert (
             done.returncode == 2
-            and "--text_field text: org/tales has no such field; it has body, n" in done.stderr
+            and "test.jsonl line 1: --text_field text: there is no such field; it has body, n"
+            in done.stderr
         ), done.stderr
         done = generate(hub, tmp_path, *common, "--text_field=body")
         assert done.returncode == 0, done.stderr
@@ -527,15 +537,12 @@ def test_no_network(tmp_path):
 
 
 def start(tmp_path, *words):
-    command = [
-        sys.executable,
-        str(ROOT / "data_generator.py"),
-        "--dataset",
-        str(tmp_path / "docs.jsonl"),
-        *words,
-    ]
-    return subprocess.Popen([*command, "--shard_size=20000", "--tokenizer=bytes", "--num_proc=2"],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    """The generator as a process, on docs.* of a directory."""
+    (docs,) = tmp_path.glob("docs.*")
+    command = [sys.executable, ROOT / "data_generator.py", "--dataset", docs, *words]
+    command += ["--shard_size=20000", "--tokenizer=bytes", "--num_proc=2", "--skip_bad"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*map(str, command)], **pipes)
 
 
 def children(pid: int) -> list[int]:
@@ -552,12 +559,32 @@ def children(pid: int) -> list[int]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """A directory with docs.jsonl, and what an uninterrupted run makes of it."""
-    directory = tmp_path_factory.mktemp("uninterrupted")
-    write_jsonl(directory / "docs.jsonl", words_of(12_000))
+    return run_uninterrupted(tmp_path_factory.mktemp("uninterrupted"), "jsonl")
+
+
+def run_uninterrupted(directory, kind: str):
+    """Write docs.<kind> with 12,000 documents, every 500th of which is no text, and what an
+    uninterrupted run makes of them."""
+    texts = words_of(12_000)
+    found = [None if n % 500 == 3 else text for n, text in enumerate(texts)]
+    rows = "".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(found))
+    if kind == "jsonl":
+        content = rows.encode()
+    elif kind == "jsonl.xz":
+        content = lzma.compress(rows.encode(), preset=0)
+    elif kind == "parquet":
+        content = parquet(found)
+    elif kind == "csv.gz":
+        lines = [[n, text] if text is not None else [n] for n, text in enumerate(found)]
+        file = io.StringIO()
+        csv.writer(file).writerows([["id", "text"], *lines])
+        content = gzip.compress(file.getvalue().encode())
+    (directory / f"docs.{kind}").write_bytes(content)
     process = start(directory, "--data_dir", str(directory / "data"))
-    process.communicate()
-    assert process.returncode == 0
-    assert_shards(directory / "data", plain_shards(words_of(12_000), "bytes", 20_000))
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    texts = [text for text in found if text is not None]
+    assert_shards(directory / "data", plain_shards(texts, "bytes", 20_000), skipped=24)
     return directory
 
 
@@ -566,7 +593,7 @@ def kill_once(directory, data_dir, dice, whom):
     manifest."""
     process = start(directory, "--data_dir", str(data_dir))
     # after the start of the pool most moments fall into reading and writing
-    before = len((read_manifest(data_dir) or {"shards": []})["shards"])
+    before = written_shards(data_dir)
     target, end = before + dice.randrange(0, 20), time.time() + 60
     while (
         process.poll() is None
@@ -613,17 +640,16 @@ def test_killed_it_goes_on_to_the_same_bytes(whom, uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
-def test_campaign_of_kills(uninterrupted, tmp_path, campaign):
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.xz", "parquet", "csv.gz"])
+def test_campaign_of_kills(kind, tmp_path, campaign):
+    (tmp_path / "uninterrupted").mkdir()
+    directory = run_uninterrupted(tmp_path / "uninterrupted", kind)
     dice = random.Random(2026)
-    for number in range(campaign(30)):
+    for number in range(campaign(12)):
+        data_dir = tmp_path / str(number)
         for _ in range(2):
-            kill_once(
-                uninterrupted,
-                tmp_path / str(number),
-                dice,
-                dice.choice(["parent", "worker", "ctrl-c"]),
-            )
-        finish_and_compare(uninterrupted, tmp_path / str(number))
+            kill_once(directory, data_dir, dice, dice.choice(["parent", "worker", "ctrl-c"]))
+        finish_and_compare(directory, data_dir)
 
 
 def test_workers_leave_when_their_parent_is_gone(tmp_path):
@@ -677,35 +703,14 @@ with only_writer({str(uninterrupted / 'data')!r}):
     )
 
 
-def test_the_directory_of_an_older_version_goes_on(tmp_path, monkeypatch):
-    """tests/before/data is five of its shards; the version before lib/ was killed after them."""
-    documents = [f"document {n}: " + "word " * (n % 7) for n in range(600)]
-    shutil.copytree(ROOT / "tests" / "before" / "data", tmp_path / "data")
-    write_jsonl(tmp_path / "docs.jsonl", documents)
-    monkeypatch.chdir(tmp_path)
-    before = contents("data")
-    words = "--dataset docs.jsonl --data_dir data --tokenizer bytes --shard_size 2000 --num_proc 1"
-    assert data_generator.main(words.split()) == 0
-    assert_shards("data", plain_shards(documents, "bytes", 2000))
-    assert all(
-        contents("data")[name] == content
-        for name, content in before.items()
-        if name.endswith(".npy")
-    )
-
-
 def test_what_a_killed_run_leaves_lies_in_the_data_directory(uninterrupted, tmp_path):
     (tmp_path / "system").mkdir()
-    command = [
-        sys.executable,
-        str(ROOT / "data_generator.py"),
-        "--dataset",
-        str(uninterrupted / "docs.jsonl"),
-    ]
+    dataset = f"--dataset={uninterrupted / 'docs.jsonl'}"
+    command = [sys.executable, str(ROOT / "data_generator.py"), dataset, "--shard_size=20000"]
     command += [
-        "--shard_size=20000",
         "--tokenizer=bytes",
         "--num_proc=2",
+        "--skip_bad",
         f"--data_dir={tmp_path / 'data'}",
     ]
     process = subprocess.Popen(command, env=os.environ | {"TMPDIR": str(tmp_path / "system")})
@@ -792,18 +797,19 @@ def test_leftovers_are_removed_and_never_read(uninterrupted, tmp_path):
 
 
 def test_a_full_disk_leaves_what_is_whole(uninterrupted, tmp_path):
-    words = f"--dataset={uninterrupted / 'docs.jsonl'} --data_dir={tmp_path} --tokenizer=bytes --shard_size=20000".split()
+    words = ["--dataset", str(uninterrupted / "docs.jsonl"), "--data_dir", str(tmp_path)]
+    words += ["--tokenizer=bytes", "--skip_bad", "--shard_size=20000"]
     program = f"""
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 import data_generator
 from lib.shards import ShardWriter
 write, number = ShardWriter.write, []
-def write_with_no_room_for_the_fourth(self, position):
+def write_with_no_room_for_the_fourth(self, *position):
     number.append(1)
     if len(number) == 4:
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
-    write(self, position)
+    write(self, *position)
 ShardWriter.write = write_with_no_room_for_the_fourth
 sys.exit(data_generator.main({words!r}))
 """
@@ -814,12 +820,12 @@ sys.exit(data_generator.main({words!r}))
     assert (
         "it needs 40,128 bytes" in done.stderr and "the 3 shards before it are whole" in done.stderr
     )
-    assert len(read_manifest(tmp_path)["shards"]) == 3 and not list(tmp_path.glob("*.tmp"))
+    assert written_shards(tmp_path) == 3 and not list(tmp_path.glob("*.tmp"))
     enough = tmp_path.with_name("enough")  # three shards will do: there is no fourth, empty one
     shutil.copytree(tmp_path, enough)
     assert data_generator.main([*words, f"--data_dir={enough}", "--max_tokens=60000"]) == 0
     assert (
-        len(read_manifest(enough)["shards"]) == 3
+        written_shards(enough) == 3
         and data_generator.main([f"--data_dir={enough}", "--verify"]) == 0
     )
     finish_and_compare(uninterrupted, tmp_path)
@@ -852,7 +858,8 @@ sys.path.insert(0, {str(ROOT)!r})
 import data_generator
 peaks = []
 def memory():
-    found = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split()
+    command = ["pgrep", "-P", str(os.getpid())]
+    found = subprocess.run(command, capture_output=True, text=True).stdout.split()
     pids, total = [os.getpid(), *map(int, found)], 0
     for pid in pids:
         try:
@@ -860,13 +867,14 @@ def memory():
         except OSError:
             pass
     return total / 1000
-def endless(state):
+def endless():
     for n in itertools.count():
-        if n % 20 == 0:
+        if n % 5000 == 0:
             peaks.append(memory())
-        yield ["some words of a document that is one of very many " * 20] * 256, n
-data_generator.pydoc_batches = endless
-words = "--dataset=pydoc --data_dir={tmp_path} --max_tokens=30000000 --shard_size=2000000 --num_proc=2"
+        yield "some words of a document that is one of very many " * 20
+data_generator.pydoc_documents = endless
+words = "--dataset=pydoc --data_dir={tmp_path} --max_tokens=30000000 --num_proc=2"
+words += " --shard_size=2000000"
 code = data_generator.main(words.split())
 print(*peaks)
 sys.exit(code)
@@ -888,15 +896,19 @@ sys.exit(code)
     [
         (["--dataset=nothing.txt"], "--dataset nothing.txt: there is no such file"),
         (["--dataset=no/*.parquet"], "there is no such file"),
-        (["--dataset=tests"], "tests is a directory; name its files"),
-        (["--dataset=README.md"], "README.md is none of .txt .jsonl"),
+        (
+            ["--dataset=tests"],
+            r"its files are of several types: give one type, as in 'tests/\*\*/\*.json' or 'tests",
+        ),
+        (["--dataset=lib"], "none of its files is .txt .md .jsonl"),
+        (["--dataset=lib/cli.py"], "lib/cli.py is none of .txt .md .jsonl"),
         (["--shard_size=0"], "--shard_size is 0: it must be at least 1"),
         (
             ["--preset=demo", f"--shard_size={10**18}"],
             "a shard does not fit into this machine's memory",
         ),
         (["--num_proc=0"], "--num_proc is 0"),
-        (["--tokenizer=gpt4"], "invalid choice: 'gpt4'"),
+        (["--tokenizer=gpt4"], "there is no tokenizer gpt4: give gpt2, bytes"),
         (["--shard=4"], "unknown flag --shard"),
         (
             ["--max_tokens=1000"],
@@ -944,7 +956,7 @@ def test_a_document_without_text_is_named(tmp_path, capsys):
         "--tokenizer=bytes",
     ]
     assert data_generator.main([*words, "--shard_size=2000"]) == 2
-    assert "document 444 (counted from 0) has no text: its text is None" in capsys.readouterr().err
+    assert "a.jsonl line 445: text is null, not a text\nHINT: --skip_bad" in capsys.readouterr().err
     assert data_generator.main([*words, "--text_field=body", "--shard_size=2000"]) == 2
     assert "--text_field body" in capsys.readouterr().err
 
@@ -957,7 +969,7 @@ def test_a_file_that_is_not_utf8(tmp_path, capsys):
         )
         == 2
     )
-    assert "can't be read: UnicodeDecodeError" in capsys.readouterr().err
+    assert "a.txt: it is not UTF-8: byte 0xE9 at place 6" in capsys.readouterr().err
 
 
 # ---- verify ----
@@ -968,9 +980,7 @@ def test_verify_names_each_bad_file(uninterrupted, tmp_path, capsys):
     words = ["--verify", f"--data_dir={tmp_path / 'data'}"]
     assert data_generator.main(words) == 0
     assert "shards are good; the data set is complete" in capsys.readouterr().out
-    shard = [
-        tmp_path / "data" / entry["file"] for entry in read_manifest(tmp_path / "data")["shards"]
-    ]
+    shard = [tmp_path / "data" / entry.file for entry in read_manifest(tmp_path / "data").shards]
     flipped = bytearray(shard[1].read_bytes())
     flipped[5000] ^= 1
     shard[1].write_bytes(flipped)
