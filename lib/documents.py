@@ -167,7 +167,8 @@ def json_documents(file, text_field: str, skip: int):
     for number, line in enumerate(file, start=1):
         if number == 1:
             line = line.removeprefix(BOM)
-        if not line.strip():
+        line = line.rstrip()
+        if not line:
             continue
         read += 1
         if read <= skip:
@@ -410,6 +411,9 @@ def fetching(path: str):
     try:
         yield
     except Exception as error:
+        if is_gated(error):
+            dataset = path.removeprefix("hf://datasets/").partition("@")[0]
+            raise UserError(explain_gate(dataset)) from None
         if isinstance(error, FileNotFoundError) or is_refusal(error):
             raise UserError(f"{path} can't be had from the Hub: {first_line(error)}") from None
         raise NetworkFault(first_line(error)) from None
@@ -534,28 +538,39 @@ def explain_cache(error: OSError) -> str:
 @contextlib.contextmanager
 def finding(dataset: str):
     """Give what is raised while a data set of the Hub is looked for its name."""
-    from huggingface_hub import constants, errors
-
-    what = f"--dataset {dataset}"
-    page = f"{constants.ENDPOINT}/datasets/{dataset}"
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        causes = causes_of(error)
-        if any(isinstance(cause, errors.GatedRepoError) for cause in causes):
-            raise UserError(
-                f"{what} is gated: log in with `hf auth login` and accept its terms at {page}"
-            ) from None
-        if any(map(is_network, causes)):
+        if is_gated(error):
+            raise UserError(explain_gate(dataset)) from None
+        if any(map(is_network, causes_of(error))):
             raise NetworkFault(first_line(error)) from None
-        if isinstance(error, OSError) and error.errno and not is_refusal(error):
+        refused = is_refusal(error) or type(error).__name__ == "DatasetNotFoundError"
+        if isinstance(error, OSError) and error.errno and not refused:
             raise UserError(explain_cache(error)) from None
         raise UserError(
-            f"{what} can't be found on the Hub: {first_line(error)}\n"
-            "HINT: check the name, or give local files"
+            f"--dataset {dataset} can't be {'found' if refused else 'read'} on the Hub:"
+            f" {first_line(error)}\nHINT: check the name, or give local files"
         ) from None
+
+
+def is_gated(error) -> bool:
+    """Is this the answer for a data set whose terms have to be accepted? datasets keeps only the
+    text of it."""
+    from huggingface_hub import errors
+
+    return isinstance(error, errors.GatedRepoError) or "is a gated dataset" in str(error)
+
+
+def explain_gate(dataset: str) -> str:
+    from huggingface_hub import constants
+
+    page = f"{constants.ENDPOINT}/datasets/{dataset}"
+    return (
+        f"--dataset {dataset} is gated: log in with `hf auth login` and accept its terms at {page}"
+    )
 
 
 def causes_of(error: BaseException) -> list[BaseException]:

@@ -465,6 +465,162 @@ def test_other_hub_data_sets(tmp_path):
         ), done.stderr
 
 
+CONFIGURATIONS = b"""---
+configs:
+- config_name: english
+  data_files: [{split: train, path: en.txt}, {split: test, path: en2.txt}]
+- config_name: french
+  data_files: [{split: train, path: fr.csv.gz}]
+---
+"""
+SEVERAL = {
+    "README.md": CONFIGURATIONS,
+    "fr.csv.gz": b"",
+    "en.txt": b"one",
+    "en2.txt": b"line\r\nline\n" * 800,
+}
+WRONG = {  # what is wrong -> (files of org/NAME, flags, what is said)
+    "several configurations": (
+        SEVERAL,
+        [],
+        "--dataset org/NAME has several configurations; choose one with --name: english, french",
+    ),
+    "no such configuration": (
+        SEVERAL,
+        ["--name=german"],
+        "--dataset org/NAME has no configuration german; choose one with --name: english, french",
+    ),
+    "no such split": (
+        SEVERAL,
+        ["--name=english", "--split=dev"],
+        "--split dev: org/NAME has no such split; it has train, test",
+    ),
+    "no such revision": (
+        SEVERAL,
+        ["--revision=old"],
+        "org/NAME can't be found on the Hub: RevisionNotFo",
+    ),
+    "a loading script": (
+        {"x.py": b"import os", "data/a.jsonl": b"{}", "LICENSE": b""},
+        [],
+        "org/NAME is made by a loading script, a program, which is not run. Its files: data/a.jsonl"
+        "\nHINT: `hf download org/NAME --repo-type dataset --local-dir FOLDER`",
+    ),
+    "gated": (
+        SEVERAL,
+        [],
+        "--dataset org/NAME is gated: log in with `hf auth login` and accept its terms at"
+        " HUB/datasets/org/NAME",
+    ),
+    "closed": (SEVERAL, [], "accept its terms at HUB/datasets/org/NAME"),
+    "pictures": ({"a.png": b"", "b.png": b""}, [], "a.png is none of .txt .md .jsonl"),
+    "nothing": ({"LICENSE": b""}, [], "org/NAME"),
+    "a damaged file": (
+        {"train.parquet": b"PAR1" + b"x" * 5000 + b"PAR1"},
+        [],
+        f"org/NAME@{COMMIT}/train.parquet can't be read: ",
+    ),
+    "another damaged file": ({"train.jsonl.gz": b"no"}, [], "can't be read: BadGzipFile"),
+    "a row that is no text": (
+        {"train.jsonl": b'{"text": "a"}\n{"text": 4}'},
+        [],
+        f"org/NAME@{COMMIT}/train.jsonl line 2: text is the number 4, not a text\nHINT: --skip_bad",
+    ),
+    "no such field": (
+        {"train.parquet": parquet(["a"])},
+        ["--text_field=body"],
+        "train.parquet: --text_field body: there is no such field; it has text, id",
+    ),
+}
+
+
+# Each line of standard input is a run of the generator in a child of a process that has imported
+# the Hub's libraries: its words, and a file for what it prints.
+IN_CHILDREN = """
+import contextlib, json, os, sys
+import data_generator, datasets
+for line in sys.stdin:
+    words, path = json.loads(line)
+    if (child := os.fork()) == 0:
+        for stream in (1, 2):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        sys.exit(data_generator.main(words))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def wrong_on_the_hub(tmp_path_factory):
+    """{what is wrong: (exit code, what was printed)}"""
+    directory = tmp_path_factory.mktemp("wrong")
+
+    def gate(handler, path):
+        headers = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}
+        for name, status in (("gated", 401), ("closed", 403)):
+            if f"org/{name}/resolve/" in path:
+                handler.answer(status, b"", headers)
+                return True
+        return False
+
+    names = {wrong: wrong.replace(" ", "_") for wrong in WRONG}
+    hub = Hub({f"datasets/org/{names[wrong]}": WRONG[wrong][0] for wrong in WRONG})
+    hub.faults.append(gate)
+    lines = []
+    for wrong, name in names.items():
+        words = [f"--dataset=org/{name}", f"--data_dir={directory / name}", "--tokenizer=bytes"]
+        lines.append(json.dumps([words + WRONG[wrong][1], str(directory / f"{name}.txt")]))
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(directory), "PYTHONPATH": str(ROOT)}
+    with hub:
+        done = subprocess.run(
+            [sys.executable, "-c", IN_CHILDREN],
+            input="\n".join(lines),
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+        )
+    codes = map(int, done.stdout.splitlines())
+    printed = [(directory / f"{name}.txt").read_text() for name in names.values()]
+    return dict(zip(WRONG, zip(codes, printed, strict=True), strict=True)), hub.url
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_data_on_the_hub_is_not_a_network_fault(wrong, wrong_on_the_hub):
+    found, url = wrong_on_the_hub
+    code, printed = found[wrong]
+    said = WRONG[wrong][2].replace("NAME", wrong.replace(" ", "_")).replace("HUB", url)
+    assert code == 2 and said in printed, printed
+    assert "Traceback" not in printed and "network: " not in printed
+
+
+def test_the_same_file_gives_the_same_tokens_here_and_from_the_hub(tmp_path):
+    (tmp_path / "en.txt").write_bytes(SEVERAL["en2.txt"])
+    words = ["--tokenizer=bytes", "--shard_size=4000"]
+    local = ["--dataset", str(tmp_path / "en.txt"), "--data_dir", str(tmp_path / "local")]
+    assert data_generator.main([*words, *local]) == 0
+    with Hub({"datasets/org/x": SEVERAL}) as hub:
+        hub_words = ["--dataset=org/x", "--name=english", "--split=test"]
+        done = generate(hub, tmp_path, *words, *hub_words)
+    assert done.returncode == 0, done.stderr
+    expected = plain_shards([SEVERAL["en2.txt"].decode()], "bytes", 4000)
+    assert_shards(tmp_path / "local", expected)
+    assert_shards(tmp_path / "data", expected)
+
+
+def test_a_hub_library_without_a_place_for_its_files(tmp_path):
+    for name, place in (("HF_HOME", "/dev/null/hf"), ("HOME", "/dev/null")):
+        environment = {"HF_HOME": "", "XDG_CACHE_HOME": ""} | {name: place}
+        environment = {key: value for key, value in (os.environ | environment).items() if value}
+        command = [sys.executable, str(ROOT / "data_generator.py"), "--tokenizer=bytes"]
+        command += ["--dataset=org/x", f"--data_dir={tmp_path}"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert re.search(
+            rf"error: {place}\S*, where the Hub's library keeps its files, can't be used: Not a dir"
+            r".*\nHINT: set HF_HOME to a directory",
+            done.stderr,
+        ), done.stderr
+
+
 def bin_shard(tokens) -> bytes:
     header = np.zeros(256, dtype=np.int32)
     header[:3] = 20240520, 1, len(tokens)
@@ -533,14 +689,93 @@ def test_no_network(tmp_path):
     assert not list((tmp_path / "data").glob("*.npy"))
 
 
+# ---- a tokenizer of one's own ----
+
+
+@pytest.fixture(scope="module")
+def own_tokenizer(tmp_path_factory):
+    """A folder with a tokenizer.json of 500 tokens, whose documents end with <end>."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    own = Tokenizer(models.BPE())
+    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<pad>", "<end>"], initial_alphabet=alphabet
+    )
+    own.train_from_iterator(words_of(500), trainer)
+    own.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    return folder
+
+
+def test_a_tokenizer_of_ones_own(own_tokenizer, tmp_path, capsys):
+    """The tokens are those of `tokenizers`, the file lies beside them, and no other can take its
+    place."""
+    import tokenizers
+
+    texts = [*HAZARDS, "a literal <end> in the text", *words_of(600)]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    words = ["--dataset", str(tmp_path / "a.jsonl"), "--shard_size=5000", "--num_proc=2"]
+    words += ["--data_dir", str(tmp_path / "data")]
+    assert data_generator.main([*words, "--tokenizer", str(own_tokenizer)]) == 0
+    manifest = read_manifest(tmp_path / "data")
+    content = (own_tokenizer / "tokenizer.json").read_bytes()
+    assert (tmp_path / "data" / "tokenizer.json").read_bytes() == content
+    assert manifest.tokenizer == "tokenizer.json"
+    assert manifest.tokenizer_sha256 == hashlib.sha256(content).hexdigest()
+    truth = tokenizers.Tokenizer.from_file(str(own_tokenizer / "tokenizer.json"))
+    truth.encode_special_tokens = True
+    assert manifest.vocab_size == truth.get_vocab_size()
+    stream = []
+    for text in texts:
+        stream += [1, *truth.encode(text, add_special_tokens=False).ids]
+    tokens = [np.load(tmp_path / "data" / entry.file) for entry in manifest.shards]
+    assert np.concatenate(tokens).tolist() == stream
+    assert sum(entry.documents for entry in manifest.shards) == len(texts)
+    file = str(own_tokenizer / "tokenizer.json")
+    assert data_generator.main([*words, "--tokenizer", file]) == 0  # it is complete already
+    assert data_generator.main([*words, "--tokenizer=gpt2"]) == 2
+    assert "tokenizer was tokenizer.json, is gpt2" in capsys.readouterr().err
+    settings = own_tokenizer / "tokenizer_config.json"
+    settings.write_text('{"eos_token": "<pad>"}')
+    assert data_generator.main([*words, "--tokenizer", file]) == 2
+    assert "begun with token 1 before each document, the" in capsys.readouterr().err
+    settings.write_text('{"eos_token": "<end>"}')
+    (tmp_path / "data" / "tokenizer.json").write_bytes(content + b"\n")
+    for command in ([*words, "--tokenizer", file], ["--verify", *words]):
+        assert data_generator.main(command) == 2
+        said = "data/tokenizer.json is not the file that made the tokens of"
+        assert said in capsys.readouterr().err
+
+
+def test_killed_with_a_tokenizer_of_ones_own_it_goes_on(own_tokenizer, tmp_path):
+    texts = words_of(4000)
+    write_jsonl(tmp_path / "docs.jsonl", texts)
+    words = ["--tokenizer", str(own_tokenizer), "--shard_size=3000"]
+    for name in ("whole", "killed"):
+        process = start(tmp_path, "--data_dir", str(tmp_path / name), *words)
+        end = time.time() + 60
+        while name == "killed" and written_shards(tmp_path / name) < 3 and time.time() < end:
+            time.sleep(0.002)
+        if name == "killed":
+            process.kill()
+        process.communicate()
+    process = start(tmp_path, "--data_dir", str(tmp_path / "killed"), *words)
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
 # ---- dying and going on ----
 
 
 def start(tmp_path, *words):
     """The generator as a process, on docs.* of a directory."""
     (docs,) = tmp_path.glob("docs.*")
-    command = [sys.executable, ROOT / "data_generator.py", "--dataset", docs, *words]
-    command += ["--shard_size=20000", "--tokenizer=bytes", "--num_proc=2", "--skip_bad"]
+    command = [sys.executable, ROOT / "data_generator.py", "--dataset", docs]
+    command += ["--shard_size=20000", "--tokenizer=bytes", "--num_proc=2", "--skip_bad", *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*map(str, command)], **pipes)
 
@@ -970,6 +1205,97 @@ def test_a_file_that_is_not_utf8(tmp_path, capsys):
         == 2
     )
     assert "a.txt: it is not UTF-8: byte 0xE9 at place 6" in capsys.readouterr().err
+
+
+def test_what_is_no_text_is_left_out_and_counted(tmp_path, capsys):
+    documents = words_of(3000)
+    bad = {5: "4", 299: "null", 300: '["a"]', 2000: "true", 2999: '"\\udfff"'}
+    lines = [f'{{"text": {bad.get(n, json.dumps(text))}}}' for n, text in enumerate(documents)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    words = ["--dataset", str(tmp_path / "a.jsonl"), "--tokenizer=bytes", "--shard_size=9000"]
+    words += ["--data_dir", str(tmp_path / "data")]
+    assert data_generator.main(words) == 2
+    said = f"{tmp_path}/a.jsonl line 6: text is the number 4, not a text"
+    assert f"error: {said}\nHINT: --skip_bad leaves such" in capsys.readouterr().err
+    assert not (tmp_path / "data" / "manifest.json").exists()
+    assert data_generator.main([*words, "--skip_bad"]) == 0
+    good = [text for n, text in enumerate(documents) if n not in bad]
+    assert_shards(tmp_path / "data", plain_shards(good, "bytes", 9000), skipped=5)
+    printed = capsys.readouterr().out
+    assert "left out: 5 documents that are no texts; the first here:\n" in printed
+    assert [line.strip() for line in printed.splitlines() if "    " in line] == [
+        said,
+        f"{tmp_path}/a.jsonl line 300: text is null, not a text",
+        f'{tmp_path}/a.jsonl line 301: text is the list ["a"], not a text',
+    ]
+    assert json.loads((tmp_path / "data" / "manifest.json").read_text())["skipped"] == 5
+
+
+def test_nothing_but_what_is_no_text(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": 1}\n' * 3)
+    words = ["--dataset", str(tmp_path / "a.jsonl"), "--data_dir", str(tmp_path / "data")]
+    assert data_generator.main([*words, "--skip_bad"]) == 2
+    assert "a.jsonl has no documents but 3 documents left out" in capsys.readouterr().err
+
+
+def test_a_million_white_space_characters(tmp_path):
+    """tiktoken can't take them at once; GPT-2's tokens decode to the same text."""
+    texts = ["words" + " " * 1_100_000 + "more", "\n" * 1_000_001 + "x", "plain"]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    words = ["--dataset", str(tmp_path / "a.jsonl"), "--data_dir", str(tmp_path / "data")]
+    assert data_generator.main([*words, "--shard_size=1000000"]) == 0
+    shards = read_manifest(tmp_path / "data").shards
+    tokens = np.concatenate([np.load(tmp_path / "data" / entry.file) for entry in shards])
+    gpt2 = tiktoken.get_encoding("gpt2")
+    assert gpt2.decode(tokens).split("<|endoftext|>")[1:] == texts
+
+
+def test_words_of_a_pattern_that_was_not_quoted(tmp_path, capsys):
+    assert data_generator.main(["--dataset", "a.txt", "b.txt", "c.txt"]) == 2
+    assert "b.txt belongs to no flag: quote a text of several" in capsys.readouterr().err
+
+
+def test_the_next_command_is_quoted_for_the_shell(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("text " * 100)
+    data_dir = tmp_path / "it's my data"
+    words = ["--dataset", str(tmp_path / "a.txt"), "--tokenizer=bytes", "--shard_size=100"]
+    assert data_generator.main([*words, "--data_dir", str(data_dir)]) == 0
+    (line,) = [s for s in capsys.readouterr().out.splitlines() if s.startswith("next: ")]
+    command = line.removeprefix("next: ")
+    shell = subprocess.run(f"printf '%s\\n' {command}", shell=True, capture_output=True, text=True)
+    assert shell.stdout.splitlines() == ["python", "train.py", "--data_dir", str(data_dir)]
+
+
+def test_without_the_directory_of_the_script_in_the_path(tmp_path):
+    (tmp_path / "a.txt").write_text("text " * 100)
+    words = ["--dataset=a.txt", "--tokenizer=bytes", "--shard_size=100", "--data_dir=data"]
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}
+    command = [sys.executable, str(ROOT / "data_generator.py"), *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_machine_without_semaphores(tmp_path):
+    """/dev/shm is closed: the message names it, and not the user's file."""
+    program = """
+import _multiprocessing, sys
+import data_generator
+class Closed:
+    SEM_VALUE_MAX = _multiprocessing.SemLock.SEM_VALUE_MAX
+    def __init__(self, *arguments):
+        raise PermissionError(13, "Permission denied")
+_multiprocessing.SemLock = Closed
+if __name__ == "__main__":
+    sys.exit(data_generator.main(sys.argv[1:]))
+"""
+    (tmp_path / "driver.py").write_text(program)
+    (tmp_path / "a.txt").write_text("text " * 100)
+    words = ["--dataset=a.txt", "--tokenizer=bytes", "--shard_size=100", "--data_dir=data"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "driver.py", *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "which Linux keeps in /dev/shm" in done.stderr, done.stderr
+    assert "a.txt" not in done.stderr and "Traceback" not in done.stderr
 
 
 # ---- verify ----

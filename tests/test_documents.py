@@ -1,5 +1,5 @@
-"""Documents of every type of file: the texts that went in, from any place on, here and from the Hub;
-what is not a text is named, and a file that can't be read is not taken for one that can."""
+"""Documents of every type of file: the texts that went in, from any place on, here and from the
+Hub; what is not a text is named, and a file that can't be read is not taken for one that can."""
 
 import bz2
 import csv
