@@ -13,8 +13,8 @@ positions are counted from 0, as the weights' names count them.
 """
 
 import functools
+import math
 import sys
-import textwrap
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +25,14 @@ from GPT_Modules import GPT
 from lib.checkpoint import load_model
 from lib.cli import UserError, command, count, parse
 from lib.files import whole_file
-from lib.tokenizer import get_tokenizer
+from lib.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class InsideConfig:
     prompt: str = ""  # text to look into; without one, the end-of-text token alone
     model: str = "log/model_checkpoint.pt"  # a checkpoint, a folder, or gpt2 ... from the Hub
+    tokenizer: str | None = None  # gpt2, bytes, or a tokenizer.json, for a model that brings none
     # the picture
     out: str = "inside.png"  # PNG to draw
     layer: int | None = None  # with --head: draw this one head large; layers count from 0
@@ -70,7 +71,9 @@ def forward(weights: dict[str, np.ndarray], tokens: list[int], n_head: int) -> T
     T = len(tokens)
     n_layer = sum(name.endswith("ln_1.weight") for name in weights)
 
-    what = keep("wte[tokens]", weights["wte.weight"][tokens], "what each token is: a row of a table")
+    what = keep(
+        "wte[tokens]", weights["wte.weight"][tokens], "what each token is: a row of a table"
+    )
     where = keep("wpe[:T]", weights["wpe.weight"][:T], "where it stands: a row for each position")
     x = keep("x", what + where, "their sum: the residual stream begins")  # (T, C)
 
@@ -85,10 +88,12 @@ def forward(weights: dict[str, np.ndarray], tokens: list[int], n_head: int) -> T
         keep(h + "k", k, "... the key: what it can be found by")
         keep(h + "v", v, "... the value: what it hands over where it is found")
         D = q.shape[2]
-        scores = keep(h + "scores", q @ k.mT / np.sqrt(D), "how well each query fits each key")
+        scores = keep(h + "scores", q @ k.mT / math.sqrt(D), "how well each query fits each key")
         triangle = keep("mask", np.tri(T, dtype=bool), "who may look at whom: never ahead")
         masked = keep(h + "masked", np.where(triangle, scores, -np.inf), "-inf for what is ahead")
-        attention = keep(h + "attention", softmax(masked), "shares: each row sums to 1")  # (H, T, T)
+        attention = keep(
+            h + "attention", softmax(masked), "shares: each row sums to 1"
+        )  # (H, T, T)
         mixed = keep(h + "mixed", attention @ v, "the values, mixed by these shares")  # (H, T, D)
         y = keep(h + "joined", mixed.transpose(1, 0, 2).reshape(T, -1), "the heads side by side")
         y = keep(h + "attn", linear(y, weights, h + "attn.c_proj"), "what attention adds to x")
@@ -134,7 +139,7 @@ def softmax(x):
 
 def gelu(x):
     """x times (nearly) the probability that a normal variable is below x, by GPT-2's formula."""
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 # ---- what follows from it ----
@@ -201,11 +206,14 @@ def head_kinds(attention: np.ndarray, tokens: list[int]) -> dict[str, float]:
 # ---- tokens as labels ----
 
 
-def label(tokenizer, token: int) -> str:
-    """A token as something to see: a space as ·, a newline as ↵, bytes that are no whole character
-    and control codes as \\xf0."""
-    raw = tokenizer.decode_single_token_bytes(token)
-    text = raw.decode("utf-8", errors="backslashreplace")
+def label(tokenizer: Tokenizer, token: int) -> str:
+    """A token as something to see: a space as ·, a newline as ↵, other control codes as \\x1b, and
+    one that is only a part of a character by its id, as #240."""
+    decoder = tokenizer.decoder()
+    decoder.step(token)  # some tokenizers leave out the space before the first word of a text
+    text = decoder.step(token) + decoder.end()
+    if not text or "\ufffd" in text:
+        return f"#{token}"
     return "".join(visible(character) for character in text)
 
 
@@ -253,9 +261,11 @@ class Look:
 def describe(look: Look, trace: Trace) -> str:
     """The pass in words: the tokens, each step of the first block, what comes next, surprises."""
     T = len(look.tokens)
-    pairs = "  ".join(f"{name} {token}" for name, token in zip(look.labels, look.tokens))
-    lines = [f"{count(T, 'token')}, each with its id:", ""]
-    lines += textwrap.wrap(pairs, 96, initial_indent="  ", subsequent_indent="  ")
+    lines = [f"{count(T, 'token')}, each with its id:", "", " "]
+    for name, token in zip(look.labels, look.tokens, strict=True):
+        if len(lines[-1]) + len(name) > 88:
+            lines.append(" ")
+        lines[-1] += f" {name} {token} "
     lines += ["", "the forward pass, step by step:", ""]
     for name, value in trace.values.items():
         layer = name.split(".")[1] if name.startswith("h.") else "0"
@@ -267,7 +277,7 @@ def describe(look: Look, trace: Trace) -> str:
     lines += ["", "the likeliest next tokens:", ""]
     lines += [f"  {name:14} {chance:7.2%}  {bar(chance, 1)}" for name, chance in look.next]
     lines += ["", "how surprising each token was, in nats (-ln of its probability):", ""]
-    for name, nats in zip(look.labels, look.surprise):
+    for name, nats in zip(look.labels, look.surprise, strict=True):
         known = "      the first: nothing stands before it" if np.isnan(nats) else ""
         lines.append(f"  {name:14} " + (known or f"{nats:7.2f}  {bar(nats, 16)}"))
     if T > 1:
@@ -289,20 +299,21 @@ SHOWN = 40  # tokens in the picture; of a longer prompt the last ones
 WIDTH, MARGIN = 1600, 32  # pixels
 SURPRISED = 8.0  # nats; the darkest colour, the same in every picture, so that two can be compared
 COLOR = {"previous": "#d95f02", "first": "#1b9e77", "itself": "#7570b3", "copy": "#e7298a"}
-PARTS = {"attention adds": "#e6a04b", "the MLP adds": "#5aa9a3", "x after the block": "#44546a"}
+PARTS = {"attention": "#e6a04b", "MLP": "#5aa9a3", "x after both": "#44546a"}
+PANEL = 108  # from the top of a panel to its contents
 
 
 def draw(look: Look, path: str) -> None:
     """Write the picture of a pass: surprise, attention, the logit lens, the residual stream."""
     page = new_page()
     bottom = draw_prompt(page, look, draw_title(page, look))
-    cell = min(170, 900 // look.attention.shape[1])
+    cell = min(150, 900 // look.attention.shape[1])
     right = draw_attention(page, look, MARGIN, bottom, cell)
-    below = bottom + 100 + look.n_layer * cell
+    below = bottom + PANEL + look.n_layer * cell + 36
     lens = Lens(look)
-    if right + 330 + lens.width <= WIDTH - MARGIN:
-        draw_sizes(page, look, right, bottom, 290, cell)
-        below = max(below, draw_lens(page, lens, right + 330, bottom))
+    if right + 360 + lens.width <= WIDTH - MARGIN:
+        draw_sizes(page, look, right, bottom, 320, cell)
+        below = max(below, draw_lens(page, lens, right + 360, bottom))
     else:
         draw_sizes(page, look, right, bottom, WIDTH - MARGIN - right, cell)
         below = draw_lens(page, lens, MARGIN, below)
@@ -330,10 +341,10 @@ def draw_head(look: Look, layer: int, head: int, path: str) -> None:
         options = {"rotation": 90, "ha": "center", "va": "bottom", "mono": True}
         write(page, left + middle, top - 8, name, 15, **options)
         for s in range(t + 1):
-            per_cent = f"{100 * shown[t, s]:.0f}"
-            options = {"ha": "center", "va": "center", "color": ink(shown[t, s] ** 0.5)}
-            if per_cent != "0":
-                write(page, left + (s + 0.5) * cell, top + middle, per_cent, 13, **options)
+            if shown[t, s] >= 0.01:
+                options = {"ha": "center", "va": "center", "color": ink(shown[t, s] ** 0.5)}
+                text = f"{100 * shown[t, s]:.0f}"
+                write(page, left + (s + 0.5) * cell, top + middle, text, 13, **options)
     save_page(page, top + cell * T, path)
 
 
@@ -346,7 +357,7 @@ def draw_title(page, look: Look) -> int:
 
 
 def draw_prompt(page, look: Look, top: int) -> int:
-    heading(page, MARGIN, top, "(a) the prompt, coloured by surprise")
+    heading(page, MARGIN, top, "the prompt, coloured by surprise")
     text = "below each token -ln of the probability that it was given, in nats: 0 is certain"
     caption(page, MARGIN, top + 28, text)
     left, top = MARGIN, top + 62
@@ -371,25 +382,26 @@ def draw_prompt(page, look: Look, top: int) -> int:
         box(page, left, top - 4, width, 28, shade("Greens", chance))
         options = {"ha": "center", "va": "center", "color": ink(chance)}
         write(page, left + width / 2, top + 10, name, 17, mono=True, **options)
-        write(page, left + width + 6, top + 10, f"{chance:.0%}", 15, va="center", color="#666666")
+        write(page, left + width + 6, top + 10, per_cent(chance), 15, va="center", color="#666666")
         left += width + 70
     return top + 62
 
 
 def draw_attention(page, look: Look, left: int, top: int, cell: int) -> int:
     """A map for each head, layers downwards; returns where the panel ends at the right."""
-    heading(page, left, top, "(b) attention: where each token (row) looks (column)")
+    heading(page, left, top, "attention: layers downwards, heads across")
+    caption(page, left, top + 28, "in a map: row t shows where token t looks; darker is more")
     n_layer, n_head, T = look.attention.shape[:3]
-    frames = {kind for kind, _ in look.kinds.values()}
-    at = left
+    framed = {kind for kind, _ in look.kinds.values()}
+    text = "framed: more than half goes to" if framed else "no head has more than half in one place"
+    caption(page, left, top + 50, text)
+    at = left + 248
     for kind in KINDS:
-        if kind in frames:
-            box(page, at, top + 32, 14, 14, "none", COLOR[kind], 3)
-            caption(page, at + 22, top + 28, KINDS[kind])
-            at += 44 + 8 * len(KINDS[kind])
-    if not frames:
-        caption(page, left, top + 28, "no head has more than half of its attention in one place")
-    left, top = left + 30, top + 84
+        if kind in framed:
+            box(page, at, top + 54, 14, 14, "none", COLOR[kind], 2.5)
+            caption(page, at + 22, top + 50, KINDS[kind])
+            at += 42 + 8 * len(KINDS[kind])
+    left, top = left + 30, top + PANEL
     triangle = np.tri(T - look.first, dtype=bool)
     for head in range(n_head):
         write(page, left + (head + 0.5) * cell, top - 6, str(head), 14, ha="center", va="bottom")
@@ -408,15 +420,16 @@ def draw_attention(page, look: Look, left: int, top: int, cell: int) -> int:
 
 def draw_sizes(page, look: Look, left: int, top: int, width: int, cell: int) -> None:
     """Bars beside the rows of maps: what attention and the MLP add, and the stream after them."""
-    heading(page, left, top, "(d) size of x and of what is added")
+    heading(page, left, top, "what is added to x")
+    caption(page, left, top + 28, "length of a token's vector (median)")
     at = left
     for name, color in PARTS.items():
-        box(page, at, top + 32, 14, 14, color)
-        write(page, at + 19, top + 29, name.removesuffix(" the block"), 13, color="#444444")
-        at += 28 + 7 * len(name.removesuffix(" the block"))
-    top += 84
+        box(page, at, top + 54, 14, 14, color)
+        caption(page, at + 20, top + 50, name)
+        at += 34 + 8 * len(name)
+    top += PANEL
     longest = look.sizes.max()
-    height = min(20, (cell - 6) // 3)
+    height = min(26, (cell - 6) // 3)
     for layer, sizes in enumerate(look.sizes):
         for part, (size, color) in enumerate(zip(sizes, PARTS.values(), strict=True)):
             y = top + (layer + 0.5) * cell + (part - 1.5) * height
@@ -433,19 +446,22 @@ class Lens:
         every = -(-look.n_layer // 12)
         self.columns = sorted({*range(0, look.n_layer + 1, every), look.n_layer})
         self.look = look
-        self.cells = [[shortened(drawable(x), 9) for x in look.lens_labels[i]] for i in self.columns]
+        self.cells = [
+            [shortened(drawable(x), 9) for x in look.lens_labels[i]] for i in self.columns
+        ]
         self.rows = [shortened(drawable(name), 12) for name in look.labels[look.first :]]
         longest = max(len(name) for cells in self.cells for name in cells)
-        self.column = max(56, 9 * longest + 14)
+        self.column = max(56, 9 * longest + 6)
         self.label = 12 + 9 * max(len(name) for name in self.rows)
         self.width = 2 * self.label + len(self.columns) * self.column + 20
 
 
 def draw_lens(page, lens: Lens, left: int, top: int) -> int:
     look = lens.look
-    heading(page, left, top, "(c) what it would say after each layer")
-    caption(page, left, top + 28, "likeliest next token; framed: it comes next")
-    top += 84
+    heading(page, left, top, "what it would say after each layer")
+    caption(page, left, top + 28, "the likeliest next token; darker: more probable")
+    caption(page, left, top + 50, "framed: it is what comes next (at the right)")
+    top += PANEL
     edge = left + lens.label
     for place, layer in enumerate(lens.columns):
         name = str(layer - 1) if layer else "start"
@@ -529,6 +545,10 @@ def ink(strength: float) -> str:
     return "white" if strength > 0.6 else "black"
 
 
+def per_cent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.005 else "<1%"
+
+
 def drawable(text: str) -> str:
     """The text with U+1F600 in the place of each character that the picture's fonts lack."""
     has = glyphs()
@@ -545,7 +565,9 @@ def glyphs() -> frozenset[int]:
 # ---- the command ----
 
 
-def look_into(model: GPT, tokenizer, tokens: list[int], title: str) -> tuple[Look, Trace]:
+def look_into(
+    model: GPT, tokenizer: Tokenizer, tokens: list[int], title: str
+) -> tuple[Look, Trace]:
     """A pass over the tokens, and what is shown of it."""
     weights = weights_of(model)
     n_layer = model.config.n_layer
@@ -592,14 +614,13 @@ def size(x: np.ndarray) -> float:
 def main(argv=None) -> int:
     config = parse(InsideConfig, argv, __doc__, positional="prompt")
     check_out(config.out)
-    model, name = load_model(config.model)
-    tokenizer = get_tokenizer(name)
+    model, tokenizer = load_model(config.model, tokenizer=config.tokenizer)
     check_head(config, model.config)
-    tokens = tokenizer.encode(config.prompt, allowed_special="all") or [tokenizer.eot_token]
+    tokens = tokenizer.encode_prompt(config.prompt) or [tokenizer.eot_token]
     room = model.config.block_size
     if len(tokens) > room:
-        text = f"the prompt has {len(tokens):,} tokens, the model sees {room:,}: the last {room:,} are taken"
-        print(text)
+        text = f"the prompt has {len(tokens):,} tokens, and the model's context is {room:,}"
+        print(f"{text}: only the last {room:,} are looked at\n")
         tokens = tokens[-room:]
     look, trace = look_into(model, tokenizer, tokens, config.model)
     print(describe(look, trace))
