@@ -180,8 +180,8 @@ def logit_lens(trace: Trace, weights, n_layer: int, n_vocab: int, first: int):
 KINDS = {
     "previous": "the token before",
     "first": "the first token",
-    "itself": "the token itself",
-    "copy": "what followed an earlier copy of the token",
+    "itself": "itself",
+    "copy": "after an earlier copy",
 }
 
 
@@ -244,23 +244,23 @@ class Look:
     """What is shown of a pass over a prompt of T tokens."""
 
     title: str
-    n_layer: int
     tokens: list[int]
     labels: list[str]  # of the T tokens
     surprise: np.ndarray  # (T,)
     next: list[tuple[str, float]]  # the likeliest tokens after the last, with their probabilities
-    attention: np.ndarray  # (n_layer, H, T, T)
+    attention: np.ndarray  # (L, H, T, T), L layers
     kinds: dict[tuple[int, int], tuple[str, float]]  # (layer, head): (kind, share above a half)
     first: int  # the picture begins with this token
-    lens_tokens: np.ndarray  # (n_layer + 1, T - first)
+    lens_tokens: np.ndarray  # (L + 1, T - first)
     lens_labels: list[list[str]]  # the same as labels
-    lens_chances: np.ndarray  # (n_layer + 1, T - first)
-    sizes: np.ndarray  # (n_layer, 3): attention's addition, the MLP's, x after the block
+    lens_chances: np.ndarray  # (L + 1, T - first)
+    sizes: np.ndarray  # (L, 3): attention's addition, the MLP's, x after the block
 
 
 def describe(look: Look, trace: Trace) -> str:
     """The pass in words: the tokens, each step of the first block, what comes next, surprises."""
     T = len(look.tokens)
+    n_layer = len(look.attention)
     lines = [f"{count(T, 'token')}, each with its id:", "", " "]
     for name, token in zip(look.labels, look.tokens, strict=True):
         if len(lines[-1]) + len(name) > 88:
@@ -272,8 +272,8 @@ def describe(look: Look, trace: Trace) -> str:
         if layer == "0":
             shape = str(value.shape).replace(",)", ")")
             lines.append(f"  {name:15} {shape:16} {trace.meanings[name]}")
-        elif name == f"h.{look.n_layer - 1}.x + mlp":
-            lines.append(f"  {'...':32} the same in {count(look.n_layer - 1, 'more block')}")
+        elif name == f"h.{n_layer - 1}.x + mlp":
+            lines.append(f"  {'...':32} the same in {count(n_layer - 1, 'more block')}")
     lines += ["", "the likeliest next tokens:", ""]
     lines += [f"  {name:14} {chance:7.2%}  {bar(chance, 1)}" for name, chance in look.next]
     lines += ["", "how surprising each token was, in nats (-ln of its probability):", ""]
@@ -303,13 +303,14 @@ PARTS = {"attention": "#e6a04b", "MLP": "#5aa9a3", "x after both": "#44546a"}
 PANEL = 108  # from the top of a panel to its contents
 
 
-def draw(look: Look, path: str) -> None:
-    """Write the picture of a pass: surprise, attention, the logit lens, the residual stream."""
+def draw(look: Look):
+    """The picture of a pass, a page: surprise, attention, the residual stream, the logit lens."""
     page = new_page()
     bottom = draw_prompt(page, look, draw_title(page, look))
-    cell = min(150, 900 // look.attention.shape[1])
+    n_layer, n_head = look.attention.shape[:2]
+    cell = min(150, 900 // n_head)
     right = draw_attention(page, look, MARGIN, bottom, cell)
-    below = bottom + PANEL + look.n_layer * cell + 36
+    below = bottom + PANEL + n_layer * cell + 36
     lens = Lens(look)
     if right + 360 + lens.width <= WIDTH - MARGIN:
         draw_sizes(page, look, right, bottom, 320, cell)
@@ -317,11 +318,11 @@ def draw(look: Look, path: str) -> None:
     else:
         draw_sizes(page, look, right, bottom, WIDTH - MARGIN - right, cell)
         below = draw_lens(page, lens, MARGIN, below)
-    save_page(page, below, path)
+    return cut(page, below)
 
 
-def draw_head(look: Look, layer: int, head: int, path: str) -> None:
-    """Write the picture of one head, large: a row for each token, a column for where it looks."""
+def draw_head(look: Look, layer: int, head: int):
+    """The picture of one head, large: a row for each token, a column for where it looks."""
     page = new_page()
     top = draw_title(page, look)
     shown = look.attention[layer, head, look.first :, look.first :]
@@ -332,7 +333,7 @@ def draw_head(look: Look, layer: int, head: int, path: str) -> None:
     kind, share = look.kinds.get((layer, head), ("", 0.0))
     what = f"{share:.0%} of its attention goes to {KINDS[kind]}; " if kind else ""
     caption(page, MARGIN, top + 28, f"{what}in the cells: per cent")
-    left, top = MARGIN + 150, top + 190
+    left, top = MARGIN + 150, top + 72 + 9 * max(len(name) for name in labels)
     cells = np.where(np.tri(T, dtype=bool), shown, np.nan)
     image(page, cells, left, top, cell * T)
     for t, name in enumerate(labels):
@@ -345,11 +346,12 @@ def draw_head(look: Look, layer: int, head: int, path: str) -> None:
                 options = {"ha": "center", "va": "center", "color": ink(shown[t, s] ** 0.5)}
                 text = f"{100 * shown[t, s]:.0f}"
                 write(page, left + (s + 0.5) * cell, top + middle, text, 13, **options)
-    save_page(page, top + cell * T, path)
+    return cut(page, top + cell * T)
 
 
 def draw_title(page, look: Look) -> int:
-    write(page, MARGIN, MARGIN, drawable(look.title), 26, weight="bold")
+    title = look.title if len(look.title) <= 70 else "…" + look.title[-69:]
+    write(page, MARGIN, MARGIN, drawable(title), 26, weight="bold")
     if look.first:
         T = len(look.labels)
         caption(page, MARGIN, MARGIN + 38, f"the last {T - look.first} of the prompt's {T} tokens")
@@ -390,17 +392,20 @@ def draw_prompt(page, look: Look, top: int) -> int:
 def draw_attention(page, look: Look, left: int, top: int, cell: int) -> int:
     """A map for each head, layers downwards; returns where the panel ends at the right."""
     heading(page, left, top, "attention: layers downwards, heads across")
-    caption(page, left, top + 28, "in a map: row t shows where token t looks; darker is more")
     n_layer, n_head, T = look.attention.shape[:3]
     framed = {kind for kind, _ in look.kinds.values()}
-    text = "framed: more than half goes to" if framed else "no head has more than half in one place"
-    caption(page, left, top + 50, text)
-    at = left + 248
+    text = "row t of a map: where token t looks"
+    if framed:
+        text += "; framed if on average more than half goes to"
+    else:
+        caption(page, left, top + 50, "no head has more than half of its attention in one place")
+    caption(page, left, top + 28, text)
+    at = left
     for kind in KINDS:
         if kind in framed:
             box(page, at, top + 54, 14, 14, "none", COLOR[kind], 2.5)
             caption(page, at + 22, top + 50, KINDS[kind])
-            at += 42 + 8 * len(KINDS[kind])
+            at += 44 + 8 * len(KINDS[kind])
     left, top = left + 30, top + PANEL
     triangle = np.tri(T - look.first, dtype=bool)
     for head in range(n_head):
@@ -415,7 +420,7 @@ def draw_attention(page, look: Look, left: int, top: int, cell: int) -> int:
             if (layer, head) in look.kinds:
                 color = COLOR[look.kinds[layer, head][0]]
                 box(page, x + gap, y + gap, cell - 2 * gap, cell - 2 * gap, "none", color, 2.5)
-    return left + n_head * cell + 40
+    return left + max(n_head * cell, 630) + 40
 
 
 def draw_sizes(page, look: Look, left: int, top: int, width: int, cell: int) -> None:
@@ -436,15 +441,16 @@ def draw_sizes(page, look: Look, left: int, top: int, width: int, cell: int) -> 
             length = (width - 60) * size / longest
             box(page, left, y + 1, length, height - 2, color)
             if height >= 12:
-                write(page, left + length + 6, y + height / 2, f"{size:.1f}", 12, va="center")
+                write(page, left + length + 6, y + height / 2, f"{size:.3g}", 12, va="center")
 
 
 class Lens:
-    """The table of panel (c): which layers are its columns, and how wide it is."""
+    """The table of the logit lens: which layers are its columns, at most 14, and how wide it is."""
 
     def __init__(self, look: Look):
-        every = -(-look.n_layer // 12)
-        self.columns = sorted({*range(0, look.n_layer + 1, every), look.n_layer})
+        n_layer = len(look.attention)
+        every = math.ceil(n_layer / 12)
+        self.columns = sorted({*range(0, n_layer + 1, every), n_layer})
         self.look = look
         self.cells = [
             [shortened(drawable(x), 9) for x in look.lens_labels[i]] for i in self.columns
@@ -488,7 +494,7 @@ def draw_lens(page, lens: Lens, left: int, top: int) -> int:
 
 
 def new_page():
-    """An empty page, WIDTH pixels wide; `save_page` says how high it is."""
+    """An empty page, WIDTH pixels wide; `cut` says how high it is."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH / 100, 1), dpi=100, facecolor="white")
@@ -497,12 +503,12 @@ def new_page():
     return page
 
 
-def save_page(page, bottom: float, path: str) -> None:
+def cut(page, bottom: float):
+    """The page, as high as what is on it."""
     height = round(bottom) + MARGIN
     page.figure.set_size_inches(WIDTH / 100, height / 100)
     page.set(xlim=(0, WIDTH), ylim=(height, 0), aspect="auto")
-    with whole_file(Path(path)) as file:
-        page.figure.savefig(file, format="png", dpi=100)
+    return page
 
 
 def write(page, x, y, text, pixels, mono=False, va="top", **options) -> None:
@@ -589,7 +595,6 @@ def look_into(
     sizes = [[size(trace[f"h.{i}.{part}"]) for part in parts] for i in range(n_layer)]
     look = Look(
         title=title,
-        n_layer=n_layer,
         tokens=tokens,
         labels=[label(tokenizer, token) for token in tokens],
         surprise=surprise(trace["logits"], tokens),
@@ -625,9 +630,11 @@ def main(argv=None) -> int:
     look, trace = look_into(model, tokenizer, tokens, config.model)
     print(describe(look, trace))
     if config.layer is None:
-        draw(look, config.out)
+        page = draw(look)
     else:
-        draw_head(look, config.layer, config.head, config.out)
+        page = draw_head(look, config.layer, config.head)
+    with whole_file(Path(config.out)) as file:
+        page.figure.savefig(file, format="png", dpi=100)
     print(f"\nsaved {config.out}")
     return 0
 
