@@ -284,55 +284,48 @@ def test_weights_that_are_not_finite(tmp_path, capsys):
 # ---- the picture ----
 
 
-def looks():
-    """(name, Look) of pictures that differ in everything that decides where a text stands."""
-    wide = GPTConfig(block_size=256, vocab_size=50304, n_layer=12, n_head=12, n_embd=24)
-    deep = GPTConfig(block_size=256, vocab_size=320, n_layer=26, n_head=16, n_embd=32)
-    for name, config, tokenizer, prompt in (
-        ("one token", SHAPES[0], "bytes", ""),
-        ("bytes", SHAPES[1], "bytes", HARD[:60]),
-        ("hard tokens", wide, "gpt2", HARD),
-        ("40 long words", wide, "gpt2", " antidisestablishmentarianism counterrevolutionaries" * 9),
-        ("deep", deep, "bytes", HARD),
-    ):
-        model, tokenizer = random_model(config), get_tokenizer(tokenizer)
-        tokens = tokenizer.encode_prompt(prompt)[: config.block_size] or [tokenizer.eot_token]
-        yield name, inside.look_into(model, tokenizer, tokens, "log/" * 40 + "$model_1$.pt")[0]
+WIDE = GPTConfig(block_size=256, vocab_size=50304, n_layer=12, n_head=12, n_embd=24)
+DEEP = GPTConfig(block_size=256, vocab_size=320, n_layer=26, n_head=16, n_embd=32)
+PICTURES = {
+    "one token": (SHAPES[0], "bytes", ""),
+    "bytes": (SHAPES[1], "bytes", HARD[:60]),
+    "hard tokens": (WIDE, "gpt2", HARD),
+    "long words": (WIDE, "gpt2", " antidisestablishmentarianism counterrevolutionaries" * 9),
+    "many layers": (DEEP, "bytes", HARD),
+}
 
 
-def all_kinds(look: inside.Look) -> inside.Look:
-    """With a frame of each kind, so that the whole legend is drawn."""
-    kinds = {(0, head): (kind, 0.9) for head, kind in enumerate(inside.KINDS)}
-    return replace(look, kinds=kinds)
-
-
-def test_no_text_lies_on_another():
-    for name, look in looks():
-        enough_heads = look.attention.shape[1] >= len(inside.KINDS)
-        pages = [inside.draw(look), inside.draw_head(look, 0, 0)]
-        pages += [inside.draw(all_kinds(look))] if enough_heads else []
-        for page in pages:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")  # a glyph that the font lacks
-                boxes, texts = text_boxes(page)
-            left, bottom, right, top = boxes.T
-            width, height = page.figure.canvas.get_width_height()
-            assert width == 1600
-            assert left.min() >= 0 and bottom.min() >= 0
-            assert right.max() <= width and top.max() <= height
-            over = (left[:, None] < right - 0.5) & (right[:, None] - 0.5 > left)
-            over &= (bottom[:, None] < top - 0.5) & (top[:, None] - 0.5 > bottom)
-            pairs = np.argwhere(np.triu(over, k=1))
-            assert not len(pairs), (name, [(texts[i], texts[j]) for i, j in pairs[:5]])
+@pytest.mark.parametrize("name", PICTURES)
+def test_no_text_lies_on_another(name):
+    config, tokenizer, prompt = PICTURES[name]
+    model, tokenizer = random_model(config), get_tokenizer(tokenizer)
+    tokens = tokenizer.encode_prompt(prompt)[: config.block_size] or [tokenizer.eot_token]
+    look, _ = inside.look_into(model, tokenizer, tokens, "log/" * 40 + "$model_1$.pt")
+    pages = [inside.draw(look), inside.draw_head(look, 0, 0)]
+    if name == "bytes":  # a frame of each kind, so that the whole legend is there
+        kinds = {(0, head): (kind, 0.9) for head, kind in enumerate(inside.KINDS)}
+        pages.append(inside.draw(replace(look, kinds=kinds)))
+    for page in pages:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a glyph that the font lacks
+            boxes, texts = text_boxes(page)
+        left, bottom, right, top = boxes.T
+        width, height = page.figure.canvas.get_width_height()
+        assert width == 1600
+        assert left.min() >= 0 and bottom.min() >= 0
+        assert right.max() <= width and top.max() <= height
+        over = (left[:, None] < right - 0.5) & (right[:, None] - 0.5 > left)
+        over &= (bottom[:, None] < top - 0.5) & (top[:, None] - 0.5 > bottom)
+        pairs = np.argwhere(np.triu(over, k=1))
+        assert not len(pairs), [(texts[i], texts[j]) for i, j in pairs[:5]]
 
 
 def text_boxes(page) -> tuple[np.ndarray, list[str]]:
     """(left, bottom, right, top) in pixels of the ink of each text of a page, and the texts."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    canvas = FigureCanvasAgg(page.figure)
-    canvas.draw()
-    extents = [text.get_window_extent(canvas.get_renderer()).extents for text in page.texts]
+    renderer = FigureCanvasAgg(page.figure).get_renderer()
+    extents = [text.get_window_extent(renderer).extents for text in page.texts]
     return np.array(extents), [text.get_text() for text in page.texts]
 
 
