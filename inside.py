@@ -62,18 +62,16 @@ class Trace:
 def forward(weights: dict[str, np.ndarray], tokens: list[int], n_head: int) -> Trace:
     """One pass of GPT-2 over a prompt, with every intermediate value.
 
-    weights: by GPT-2's names (`weights_of`). tokens: the prompt's ids, not more than there are
-    positions. n_head: H, which the weights' shapes don't tell. The last values are "logits" (T, V)
-    and "probabilities" (T, V): row t is what the model expects after token t.
+    weights: by GPT-2's names (`weights_of`). tokens: the prompt's ids, one at least and not more
+    than there are positions. n_head: H, which the weights' shapes don't tell. The last values are
+    "logits" (T, V) and "probabilities" (T, V): row t is what the model expects after token t.
     """
     trace = Trace()
     keep = trace.keep
     T = len(tokens)
     n_layer = sum(name.endswith("ln_1.weight") for name in weights)
 
-    what = keep(
-        "wte[tokens]", weights["wte.weight"][tokens], "what each token is: a row of a table"
-    )
+    what = keep("wte[tokens]", weights["wte.weight"][tokens], "what each token is: a table's row")
     where = keep("wpe[:T]", weights["wpe.weight"][:T], "where it stands: a row for each position")
     x = keep("x", what + where, "their sum: the residual stream begins")  # (T, C)
 
@@ -91,9 +89,8 @@ def forward(weights: dict[str, np.ndarray], tokens: list[int], n_head: int) -> T
         scores = keep(h + "scores", q @ k.mT / math.sqrt(D), "how well each query fits each key")
         triangle = keep("mask", np.tri(T, dtype=bool), "who may look at whom: never ahead")
         masked = keep(h + "masked", np.where(triangle, scores, -np.inf), "-inf for what is ahead")
-        attention = keep(
-            h + "attention", softmax(masked), "shares: each row sums to 1"
-        )  # (H, T, T)
+        # (H, T, T): row t is where token t looks
+        attention = keep(h + "attention", softmax(masked), "shares: each row sums to 1")
         mixed = keep(h + "mixed", attention @ v, "the values, mixed by these shares")  # (H, T, D)
         y = keep(h + "joined", mixed.transpose(1, 0, 2).reshape(T, -1), "the heads side by side")
         y = keep(h + "attn", linear(y, weights, h + "attn.c_proj"), "what attention adds to x")
@@ -185,22 +182,31 @@ KINDS = {
 }
 
 
-def head_kinds(attention: np.ndarray, tokens: list[int]) -> dict[str, float]:
-    """{kind of KINDS: share} of a head (T, T): how much of its attention goes there, on average
-    over the tokens from the third on; for "copy", over those that stood in the prompt before."""
+def places(tokens: list[int]) -> dict[str, np.ndarray]:
+    """{kind of KINDS: (T, T) bool}: the places to which a head of this kind looks, a row for each
+    token from the third on (before, all kinds are the same), for "copy" where the token stood
+    earlier."""
     T = len(tokens)
-    rows = range(2, T)
-    shares = {
-        "previous": [attention[t, t - 1] for t in rows],
-        "first": [attention[t, 0] for t in rows],
-        "itself": [attention[t, t] for t in rows],
-        "copy": [],
+    same = np.equal.outer(tokens, tokens)
+    after = np.zeros((T, T), dtype=bool)
+    after[:, 1:] = same[:, :-1]
+    there = {
+        "previous": np.eye(T, k=-1, dtype=bool),
+        "first": np.arange(T) == np.zeros((T, 1)),
+        "itself": np.eye(T, dtype=bool),
+        "copy": after & np.tri(T, k=-1, dtype=bool),
     }
-    for t in rows:
-        after = [s + 1 for s in range(t - 1) if tokens[s] == tokens[t]]
-        if after:
-            shares["copy"].append(attention[t, after].sum())
-    return {kind: float(np.mean(values)) for kind, values in shares.items() if values}
+    third_on = np.arange(T)[:, None] >= 2
+    return {kind: place & third_on for kind, place in there.items()}
+
+
+def shares(attention: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """(H,): how much of each head's attention (H, T, T) goes to these places, on average over the
+    tokens that have such a place; 0 if there are none."""
+    rows = place.any(axis=1)
+    if not rows.any():
+        return np.zeros(len(attention))
+    return (attention[:, rows] * place[rows]).sum(axis=2).mean(axis=1)
 
 
 # ---- tokens as labels ----
@@ -244,13 +250,13 @@ class Look:
     """What is shown of a pass over a prompt of T tokens."""
 
     title: str
+    first: int  # the picture begins with this token
     tokens: list[int]
     labels: list[str]  # of the T tokens
     surprise: np.ndarray  # (T,)
     next: list[tuple[str, float]]  # the likeliest tokens after the last, with their probabilities
-    attention: np.ndarray  # (L, H, T, T), L layers
+    attention: np.ndarray  # (L, H, T - first, T - first), L layers
     kinds: dict[tuple[int, int], tuple[str, float]]  # (layer, head): (kind, share above a half)
-    first: int  # the picture begins with this token
     lens_tokens: np.ndarray  # (L + 1, T - first)
     lens_labels: list[list[str]]  # the same as labels
     lens_chances: np.ndarray  # (L + 1, T - first)
@@ -286,7 +292,7 @@ def describe(look: Look, trace: Trace) -> str:
     for kind, place in KINDS.items():
         found = [f"{i}.{j} {share:.0%}" for (i, j), (k, share) in look.kinds.items() if k == kind]
         lines += [f"  {place}: {', '.join(found)}"] if found else []
-    return "\n".join(lines if look.kinds else lines[:-3])
+    return "\n".join(line.rstrip() for line in (lines if look.kinds else lines[:-3]))
 
 
 def bar(value: float, whole: float) -> str:
@@ -308,24 +314,24 @@ def draw(look: Look):
     page = new_page()
     bottom = draw_prompt(page, look, draw_title(page, look))
     n_layer, n_head = look.attention.shape[:2]
-    cell = min(150, 900 // n_head)
+    lens = Lens(look)
+    room = WIDTH - 2 * MARGIN - 430 - lens.width  # for the maps, if the table stands beside them
+    beside = room >= max(600, 120 * n_head)
+    cell = min(180, (room if beside else 900) // n_head)
     right = draw_attention(page, look, MARGIN, bottom, cell)
     below = bottom + PANEL + n_layer * cell + 36
-    lens = Lens(look)
-    if right + 360 + lens.width <= WIDTH - MARGIN:
+    if beside:
         draw_sizes(page, look, right, bottom, 320, cell)
-        below = max(below, draw_lens(page, lens, right + 360, bottom))
-    else:
-        draw_sizes(page, look, right, bottom, WIDTH - MARGIN - right, cell)
-        below = draw_lens(page, lens, MARGIN, below)
-    return cut(page, below)
+        return cut(page, max(below, draw_lens(page, lens, right + 360, bottom)))
+    draw_sizes(page, look, right, bottom, WIDTH - MARGIN - right, cell)
+    return cut(page, draw_lens(page, lens, MARGIN, below))
 
 
 def draw_head(look: Look, layer: int, head: int):
     """The picture of one head, large: a row for each token, a column for where it looks."""
     page = new_page()
     top = draw_title(page, look)
-    shown = look.attention[layer, head, look.first :, look.first :]
+    shown = look.attention[layer, head]
     labels = [shortened(drawable(name), 14) for name in look.labels[look.first :]]
     T = len(labels)
     cell = min(64, 1240 // T)
@@ -407,20 +413,20 @@ def draw_attention(page, look: Look, left: int, top: int, cell: int) -> int:
             caption(page, at + 22, top + 50, KINDS[kind])
             at += 44 + 8 * len(KINDS[kind])
     left, top = left + 30, top + PANEL
-    triangle = np.tri(T - look.first, dtype=bool)
+    triangle = np.tri(T, dtype=bool)
     for head in range(n_head):
         write(page, left + (head + 0.5) * cell, top - 6, str(head), 14, ha="center", va="bottom")
     for layer in range(n_layer):
         write(page, left - 8, top + (layer + 0.5) * cell, str(layer), 14, ha="right", va="center")
         for head in range(n_head):
             x, y = left + head * cell, top + layer * cell
-            shown = look.attention[layer, head, look.first :, look.first :]
+            shown = look.attention[layer, head]
             gap = 3 if cell >= 40 else 1
             image(page, np.where(triangle, shown, np.nan), x + gap, y + gap, cell - 2 * gap)
             if (layer, head) in look.kinds:
                 color = COLOR[look.kinds[layer, head][0]]
                 box(page, x + gap, y + gap, cell - 2 * gap, cell - 2 * gap, "none", color, 2.5)
-    return left + max(n_head * cell, 630) + 40
+    return left + max(n_head * cell, 600) + 40
 
 
 def draw_sizes(page, look: Look, left: int, top: int, width: int, cell: int) -> None:
@@ -582,26 +588,28 @@ def look_into(
         raise UserError(f"{title}: its weights or its logits are not finite", code=1)
     first = max(0, len(tokens) - SHOWN)
     lens_tokens, chances = logit_lens(trace, weights, n_layer, tokenizer.n_vocab, first)
-    attention = np.array([trace[f"h.{layer}.attention"] for layer in range(n_layer)])
+    attention = [trace[f"h.{layer}.attention"] for layer in range(n_layer)]
+    there = places(tokens)
     kinds = {}
-    for layer, head in np.ndindex(attention.shape[:2]):
-        shares = head_kinds(attention[layer, head], tokens)
-        kind = max(shares, key=shares.get, default="")
-        if kind and shares[kind] > 0.5:
-            kinds[layer, head] = kind, shares[kind]
+    for layer, maps in enumerate(attention):
+        found = {kind: shares(maps, place) for kind, place in there.items()}
+        for head in range(model.config.n_head):
+            kind = max(found, key=lambda kind: found[kind][head])
+            if found[kind][head] > 0.5:
+                kinds[layer, head] = kind, float(found[kind][head])
     last = trace["probabilities"][-1, : tokenizer.n_vocab]
     best = np.argsort(-last, kind="stable")[:5]
     parts = ("attn", "mlp", "x + mlp")
     sizes = [[size(trace[f"h.{i}.{part}"]) for part in parts] for i in range(n_layer)]
     look = Look(
         title=title,
+        first=first,
         tokens=tokens,
         labels=[label(tokenizer, token) for token in tokens],
         surprise=surprise(trace["logits"], tokens),
         next=[(label(tokenizer, token), float(last[token])) for token in best],
-        attention=attention,
+        attention=np.array([layer[:, first:, first:] for layer in attention]),
         kinds=kinds,
-        first=first,
         lens_tokens=lens_tokens,
         lens_labels=[[label(tokenizer, token) for token in row] for row in lens_tokens],
         lens_chances=chances,

@@ -152,7 +152,7 @@ def test_the_functions_are_torchs():
         (inside.gelu(x.numpy()), F.gelu(x, approximate="tanh")),
         (inside.softmax(100 * x.numpy()), F.softmax(100 * x, dim=1)),
     ):
-        assert np.abs(ours - theirs.numpy()).max() < 1e-5
+        assert np.abs(ours - theirs.numpy()).max() < 2e-6
 
 
 def test_surprise_is_the_cross_entropy():
@@ -183,21 +183,31 @@ def test_the_lens_of_the_last_layer_is_the_output():
 def test_kinds_of_heads():
     tokens = [7, 8, 9, 7, 8, 9, 7]
     T = len(tokens)
-    places = {
-        "previous": lambda t: t - 1,
+    looks_at = {
+        "previous": lambda t: max(0, t - 1),
         "first": lambda t: 0,
         "itself": lambda t: t,
         "copy": lambda t: t - 2 if t >= 3 else 0,
     }
-    for kind, place in places.items():
-        attention = np.zeros((T, T))
+    for kind, place in looks_at.items():
+        attention = np.zeros((2, T, T))
         for t in range(T):
-            attention[t, max(0, place(t))] = 1
-        shares = inside.head_kinds(attention, tokens)
-        assert shares[kind] == 1 and max(shares, key=shares.get) == kind
-        assert max(share for other, share in shares.items() if other != kind) < 0.5
-    assert "copy" not in inside.head_kinds(np.eye(3), [1, 2, 3])
-    assert inside.head_kinds(np.eye(2), [1, 2]) == {}
+            attention[0, t, place(t)] = 1
+        places = inside.places(tokens).items()
+        found = {other: inside.shares(attention, there) for other, there in places}
+        assert found[kind].tolist() == [1, 0]
+        assert max(share[0] for other, share in found.items() if other != kind) < 0.5
+    for few in ([1], [1, 2]):
+        assert not any(place.any() for place in inside.places(few).values())
+    assert inside.shares(np.ones((2, 1, 1)), np.zeros((1, 1), bool)).tolist() == [0, 0]
+
+
+def test_places_of_copies_by_brute_force():
+    tokens = random_tokens(GPTConfig(vocab_size=4), 30)
+    found = inside.places(tokens)["copy"]
+    for t in range(30):
+        after = [s + 1 for s in range(t - 1) if tokens[s] == tokens[t]] if t >= 2 else []
+        assert np.flatnonzero(found[t]).tolist() == after
 
 
 # ---- the words ----
