@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-COMMANDS = {"train", "data_generator", "hellaswag", "sample", "export", "metrics"}
+COMMANDS = {"train", "data_generator", "hellaswag", "sample", "inside", "export", "metrics"}
 MAY_IMPORT = {
     "GPT_Modules": set(),
     "lib.cli": set(),
@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "data_generator": {"lib"},
     "metrics": {"lib", "GPT_Modules"},
     "sample": {"lib", "GPT_Modules"},
+    "inside": {"lib", "GPT_Modules"},
     "hellaswag": {"lib", "GPT_Modules"},
     "export": {"lib", "GPT_Modules", "sample", "metrics"},
     "train": {"lib", "GPT_Modules", "hellaswag", "sample", "metrics"},

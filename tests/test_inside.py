@@ -228,6 +228,32 @@ def test_labels_show_what_can_not_be_seen():
         assert shown == expected, text
 
 
+def test_the_space_before_a_word_is_kept():
+    """Some tokenizers leave it out at the beginning of a text."""
+    import tokenizers
+
+    vocab = {"▁the": 0, "▁cat": 1, "s": 2, "<|endoftext|>": 3}
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="s"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    library.decoder = tokenizers.decoders.Metaspace()
+    library.add_special_tokens(["<|endoftext|>"])
+    tokenizer = get_tokenizer({"tokenizer.json": library.to_str()})
+    assert library.decode([0]) == "the"
+    assert [inside.label(tokenizer, id) for id in range(4)] == [
+        "·the",
+        "·cat",
+        "s",
+        "<|endoftext|>",
+    ]
+    assert inside.label(tokenizer, 9) == "#9"  # an id without a token, as the padding of wte has
+
+
+def test_characters_that_would_spoil_a_line():
+    shown = {"\u0301": "U+0301", "\u202e": "U+202E", "\x7f": "\\x7f", "é": "é", "中": "中"}
+    assert {character: inside.visible(character) for character in shown} == shown
+    assert inside.drawable("é中") == "éU+4E2D"  # what matplotlib's own fonts lack
+
+
 def test_what_is_printed(model_file, tmp_path, capsys):
     out = tmp_path / "x.png"
     assert inside.main(["ab\nab", "--model", model_file, "--out", str(out)]) == 0
@@ -310,7 +336,7 @@ def test_no_text_lies_on_another(name):
     config, tokenizer, prompt = PICTURES[name]
     model, tokenizer = random_model(config), get_tokenizer(tokenizer)
     tokens = tokenizer.encode_prompt(prompt)[: config.block_size] or [tokenizer.eot_token]
-    look, _ = inside.look_into(model, tokenizer, tokens, "log/" * 40 + "$model_1$.pt")
+    look, _ = inside.look_into(model, tokenizer, tokens, "log/" * 40 + "$x_^{$.pt")
     pages = [inside.draw(look), inside.draw_head(look, 0, 0)]
     if name == "bytes":  # a frame of each kind, so that the whole legend is there
         kinds = {(0, head): (kind, 0.9) for head, kind in enumerate(inside.KINDS)}
