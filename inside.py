@@ -651,6 +651,8 @@ def check_out(out: str) -> None:
     path = Path(out)
     if path.suffix.lower() != ".png":
         raise UserError(f"--out {out}: the picture is a PNG, so its name must end in .png")
+    if path.is_dir():
+        raise UserError(f"--out {out} is a directory: give the name of a file")
     if not path.parent.is_dir():
         raise UserError(f"--out {out}: there is no directory {path.parent}")
 

@@ -292,6 +292,8 @@ def test_prompts_that_are_short_or_long(model_file, tmp_path, capsys):
 
 def test_bad_input(model_file, tmp_path, capsys):
     out = tmp_path / "x.png"
+    folder = tmp_path / "folder.png"
+    folder.mkdir()
     for words, message in (
         (["a", "--layer=3", "--head=0"], "--layer is 3: this model has layers 0 to 2"),
         (["a", "--layer=0", "--head=4"], "--head is 4: this model has heads 0 to 3"),
@@ -299,6 +301,7 @@ def test_bad_input(model_file, tmp_path, capsys):
         (["a", "--head=0"], "--layer and --head go together"),
         (["a", "--layer=-1", "--head=0"], "--layer is -1: it must be at least 0"),
         (["a", f"--out={tmp_path}/x.pdf"], "its name must end in .png"),
+        (["a", f"--out={folder}"], f"--out {folder} is a directory"),
         (["a", f"--out={tmp_path}/none/x.png"], f"there is no directory {tmp_path}/none"),
         (["a", f"--model={tmp_path}/none.pt"], "there is no checkpoint or folder"),
         (["a", "--heads=1"], "unknown flag --heads=1: did you mean --head?"),
@@ -306,7 +309,7 @@ def test_bad_input(model_file, tmp_path, capsys):
         assert inside.main(["--model", model_file, "--out", str(out), *words]) == 2
         captured = capsys.readouterr()
         assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
-    assert not any(path.suffix == ".png" for path in tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
 
 
 def test_weights_that_are_not_finite(tmp_path, capsys):
