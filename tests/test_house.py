@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "data_generator": {"lib"},
     "metrics": {"lib", "GPT_Modules"},
     "sample": {"lib", "GPT_Modules"},
+    "inside": {"lib", "GPT_Modules"},
     "hellaswag": {"lib", "GPT_Modules"},
     "export": {"lib", "GPT_Modules", "sample", "metrics"},
     "train": {"lib", "GPT_Modules", "hellaswag", "sample", "metrics"},
