@@ -2,6 +2,7 @@
 
     checkpoint = load_checkpoint("log/model_checkpoint.pt")      # a dict, verified
     model, tokenizer = load_model("log")                         # or a folder, or gpt2 from the Hub
+    model, tokenizer = load_model("ckpt.pt", tokenizer="gpt2")   # nanoGPT's, which brings none
 
 LOG_DIR/model_05000.pt is the state after 5000 updates; model_checkpoint.pt points to the newest
 good one.
@@ -16,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from GPT_Modules import GPT, GPTConfig
+from GPT_Modules import GPT, GPTConfig, NotAGPT2
 from lib.cli import UserError, first_line
 from lib.files import if_possible, replace, whole_file
-from lib.tokenizer import get_tokenizer, tokenizer_of
+from lib.tokenizer import GPT2_TOKENS, Tokenizer, get_tokenizer, has_tokenizer
 
 NEWEST = "model_checkpoint.pt"  # link to the newest checkpoint
 BEST = "model_best.pt"  # link to the one with the lowest validation loss
@@ -105,13 +106,18 @@ def checkpoint_paths(log_dir) -> dict[int, Path]:
 
 
 def load_checkpoint(path) -> dict:
-    """The content of a checkpoint, on the CPU. Nothing in the file is executed. Raises UserError if
-    there is none, if it is damaged, or if it holds anything but plain data."""
+    """The content of a checkpoint, on the CPU; nanoGPT's has "model" and "config" alone.
+
+    Nothing in the file is executed. Raises UserError if there is none, if it is damaged, if it
+    holds anything but plain data, or if its model is not a GPT-2.
+    """
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
             if part := archive.testzip():
                 raise ValueError(f"the checksum of {part} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(content, dict) and "model_args" in content:
+            content = from_nanogpt(content)
         if (
             not isinstance(content, dict)
             or "model" not in content
@@ -126,8 +132,23 @@ def load_checkpoint(path) -> dict:
         ) from None
     except PermissionError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
+    except NotAGPT2 as error:
+        raise UserError(f"{path}: {error}") from None
     except Exception as error:  # damaged files raise eight kinds
         raise UserError(f"{path} is damaged or not a checkpoint: {first_line(error)}") from None
+
+
+def from_nanogpt(content: dict) -> dict:
+    """What nanoGPT's train.py saved, in our words."""
+    shape = content["model_args"]
+    if not shape.get("bias", True):
+        raise NotAGPT2("bias is False where a GPT-2 has True: it is another model")
+    logging.getLogger("GPT124M").warning(
+        "nanoGPT computes GELU exactly, and this model as GPT-2 does, by its tanh approximation"
+    )
+    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+    config = GPTConfig(**{name: shape[name] for name in names})
+    return {"model": content["model"], "config": config}
 
 
 @dataclass(frozen=True)
@@ -159,45 +180,108 @@ def newest_checkpoint(log_dir) -> Newest | None:
     return None
 
 
-def open_model(name: str) -> tuple[GPT, str, dict, Path | None]:
-    """(model on the CPU, name of its tokenizer, the checkpoint it is from, the checkpoint's path)
-    of --model.
+@dataclass(frozen=True)
+class Opened:
+    """A model, and what is known of it."""
 
-    name: a checkpoint (the original scripts' too), a run's log directory (its newest good
-    checkpoint), an exported folder, or OpenAI's weights by name from the Hub; of the last two the
-    checkpoint is {} and its path None. Raises UserError if there is no such model, or if it is
-    damaged.
+    model: GPT  # on the CPU, in eval mode
+    tokenizer: Tokenizer
+    checkpoint: dict  # that it is from; {} if it is from a Hugging Face folder or the Hub
+    path: Path | None  # of the checkpoint
+    brings_tokenizer: bool  # False: the one that was given, or GPT-2's for what only has its rows
+
+
+def open_model(name: str, tokenizer: str | None = None) -> Opened:
+    """The model that --model names.
+
+    name: a checkpoint (of the original scripts and of nanoGPT too), a run's log directory (its
+    newest good checkpoint), a Hugging Face folder or a file of weights in it, or OpenAI's weights
+    by name from the Hub. tokenizer: what get_tokenizer takes, for a model that brings none. Raises
+    UserError if there is no such model, if it is damaged or not a GPT-2, or if nothing says which
+    tokenizer is its own.
     """
-    path, checkpoint = Path(name), {}
+    path = Path(name)
     if path.is_dir() and (newest := newest_checkpoint(path)):
-        checkpoint = newest.checkpoint
-        path = newest.path
         for reason in newest.damaged:
             logging.getLogger("GPT124M").warning("WARNING: %s: passed over", reason)
-    elif path.is_file() or (not path.is_dir() and name not in HUB_NAMES):
-        checkpoint = load_checkpoint(path)
-    if checkpoint:
-        model = GPT(checkpoint["config"])
-        try:
-            model.load_weights(checkpoint["model"])
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from None
-        return model.eval(), checkpoint.get("tokenizer", "gpt2"), checkpoint, path
+        return open_checkpoint(newest.checkpoint, newest.path, tokenizer)
+    if path.is_dir():
+        return open_folder(name, path, tokenizer)
+    if path.suffix in (".safetensors", ".bin", ".json") and path.is_file():
+        return open_folder(name, path.parent, tokenizer)
+    if name in HUB_NAMES and not path.exists():
+        return open_folder(name, None, tokenizer)
+    return open_checkpoint(load_checkpoint(path), path, tokenizer)
+
+
+def open_checkpoint(checkpoint: dict, path: Path, tokenizer: str | None) -> Opened:
+    model = GPT(checkpoint["config"])
     try:
-        model, tokenizer = GPT.from_pretrained(name).eval(), tokenizer_of(name)
-    except (
-        Exception
-    ) as error:  # what the Hub's HTTP library raises can't be named without naming the library
-        where = "as a model folder" if path.is_dir() else "from the Hub"
-        raise UserError(f"{name} can't be read {where}: {first_line(error)}") from None
-    if model.config.vocab_size < get_tokenizer(tokenizer).n_vocab:
-        raise UserError(
-            f"{name} has a vocabulary of {model.config.vocab_size}: its tokenizer is not GPT-2's"
+        model.load_weights(checkpoint["model"])
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    rows = model.config.vocab_size
+    own = checkpoint.get("tokenizer")
+    if own is None and tokenizer is None and rows in (GPT2_TOKENS, 50304):
+        tokenizer = "gpt2"
+        logging.getLogger("GPT124M").warning(
+            "%s names no tokenizer: its %d rows are taken for GPT-2's tokens", path, rows
         )
-    return model, tokenizer, {}, None
+    chosen = choose_tokenizer(own, tokenizer, rows, str(path))
+    return Opened(model.eval(), chosen, checkpoint, path, own is not None)
 
 
-def load_model(name: str, device="cpu") -> tuple[GPT, str]:
-    """(model on the device, name of its tokenizer) of --model: see open_model."""
-    model, tokenizer, _, _ = open_model(name)
-    return model.to(device), tokenizer
+def open_folder(name: str, folder: Path | None, tokenizer: str | None) -> Opened:
+    """name: of the model; folder: where its files lie, None for the Hub."""
+    if folder and (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{name} is a PEFT adapter, which changes a model that lies elsewhere: merge the two\n"
+            "    from peft import AutoPeftModelForCausalLM\n"
+            f'    AutoPeftModelForCausalLM.from_pretrained("{folder}")'
+            '.merge_and_unload().save_pretrained("merged")\n'
+            "and give --model merged --tokenizer gpt2 (or the tokenizer that the model had)"
+        )
+    try:
+        model = GPT.from_pretrained(name)
+    except NotAGPT2 as error:
+        raise UserError(f"{name}: {error}") from None
+    # what the Hub's HTTP library raises can't be named without naming the library
+    except Exception as error:
+        where = "as a model folder" if folder else "from the Hub"
+        raise UserError(f"{name} can't be read {where}: {first_line(error)}") from None
+    own = folder if folder and has_tokenizer(folder) else None
+    if folder is None:
+        own = "gpt2"
+    chosen = choose_tokenizer(own, tokenizer, model.config.vocab_size, name)
+    return Opened(model.eval(), chosen, {}, None, own is not None)
+
+
+def choose_tokenizer(own, given, rows: int, name: str) -> Tokenizer:
+    """The tokenizer of a model whose token table has so many rows.
+
+    own: what get_tokenizer takes, of the one that the model brings; given: of the one that the user
+    names; None where there is none.
+    """
+    if own is None and given is None:
+        raise UserError(
+            f"{name} brings no tokenizer: if its {rows:,} tokens are GPT-2's, add --tokenizer gpt2,"
+            " else --tokenizer with the folder of its tokenizer.json"
+        )
+    tokenizer = get_tokenizer(given if own is None else own)
+    if given is not None and get_tokenizer(given).identity != tokenizer.identity:
+        raise UserError(
+            f"{name} brings its own tokenizer ({tokenizer.identity}), which is not {given}"
+        )
+    if rows < tokenizer.n_vocab:
+        raise UserError(
+            f"{name} has {rows:,} rows in its token table, and its tokenizer ({tokenizer.name})"
+            f" {tokenizer.n_vocab:,} ids: they don't belong together"
+        )
+    return tokenizer
+
+
+def load_model(name: str, device="cpu", tokenizer: str | None = None) -> tuple[GPT, Tokenizer]:
+    """(model on the device in eval mode, its tokenizer) of --model and --tokenizer: see
+    open_model."""
+    opened = open_model(name, tokenizer)
+    return opened.model.to(device), opened.tokenizer
