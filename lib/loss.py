@@ -7,7 +7,8 @@ Shapes: n tokens of a micro-batch, C channels, V vocabulary (rows of the token t
 
 import torch
 
-SLICE = {"cuda": 2**28, "cpu": 40_000_000}  # logits of a slice at most: few for memory, enough for speed
+# logits of a slice at most: few for memory, enough for speed. Tokens x GPT-2's vocabulary
+SLICE = {"cuda": 4096 * 50304, "cpu": 768 * 50304}
 
 
 def linear_cross_entropy(x, weight, targets):
