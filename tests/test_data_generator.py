@@ -501,7 +501,7 @@ WRONG = {  # what is wrong -> (files of org/NAME, flags, what is said)
         "org/NAME can't be found on the Hub: RevisionNotFo",
     ),
     "a loading script": (
-        {"x.py": b"import os", "data/a.jsonl": b"{}", "LICENSE": b""},
+        {"a_loading_script.py": b"import os", "data/a.jsonl": b"{}", "LICENSE": b""},
         [],
         "org/NAME is made by a loading script, a program, which is not run. Its files: data/a.jsonl"
         "\nHINT: `hf download org/NAME --repo-type dataset --local-dir FOLDER`",
