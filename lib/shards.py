@@ -344,13 +344,12 @@ class TokenLoader:
     ):  # fmt: skip
         self.data_dir = data_dir
         self.T = seq_len
-        self.B = batch_size
         self.rank = rank
         self.world_size = world_size
         self.pin_memory = pin_memory
         self.shuffle = shuffle
-        self.micro_steps = count_micro_steps(seq_len, batch_size, total_batch_size, world_size)
         self.step_tokens = total_batch_size
+        self.set_batch_size(batch_size)
         self.sequences_per_step = total_batch_size // seq_len
         self.manifest = read_manifest(data_dir)
         self.tokenizer = find_tokenizer(data_dir, self.manifest) if self.manifest else "gpt2"
@@ -384,6 +383,12 @@ class TokenLoader:
         self.epoch = None  # whose order is kept
         self.thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="tokens")
         self.ahead = {}  # (step, micro_step) -> future of the batch that will be wanted next
+
+    def set_batch_size(self, batch_size: int) -> None:
+        """Share a step out in micro-batches of so many sequences. Raises UserError if it can't be
+        shared out evenly."""
+        self.B = batch_size
+        self.micro_steps = count_micro_steps(self.T, self.B, self.step_tokens, self.world_size)
 
     def identity(self) -> dict:
         """What identifies the data, wherever the directory lies: a resumed run compares it with its

@@ -15,7 +15,7 @@ import json
 import os
 import re
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +76,7 @@ def tokenizer_from_files(files: dict[str, str], place: str) -> "Tokenizer":
         whole = json.loads(files["tokenizer.json"])
         settings = json.loads(files.get("tokenizer_config.json", "{}"))
         vocab = whole["model"]["vocab"]
+        merges = whole["model"].get("merges", [])
         plain = isinstance(vocab, dict) and is_plain(whole, settings)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -83,9 +84,9 @@ def tokenizer_from_files(files: dict[str, str], place: str) -> "Tokenizer":
             f" ({first_line(error)})"
         ) from None
     if plain:
-        if is_gpt2(vocab, whole["model"]["merges"]):
+        if is_gpt2(vocab, merges):
             return TiktokenTokenizer("gpt2")
-        if vocab == bytes_vocab() and not whole["model"]["merges"]:
+        if vocab == bytes_vocab() and not merges:
             return TiktokenTokenizer("bytes")
     return JsonTokenizer(files, settings, place)
 
@@ -117,6 +118,11 @@ OTHER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Does a model's folder bring a tokenizer, be it one that can be used or not?"""
+    return any((folder / name).exists() for name in ("tokenizer.json", *OTHER_FILES))
 
 
 class Tokenizer:
@@ -242,7 +248,12 @@ def bytes_encoding() -> tiktoken.Encoding:
 
 def pieces(text: str) -> list[str]:
     """The text, cut inside runs of 500,000 white-space characters: tiktoken fails at a million."""
-    return re.split(r"(\s{500000})", text) if len(text) > 500_000 else [text]
+    if len(text) <= 500_000:
+        return [text]
+    cuts = [0]
+    for run in re.finditer(r"\s+", text):
+        cuts += range(run.start() + 500_000, run.end(), 500_000)
+    return [text[start:end] for start, end in pairwise([*cuts, len(text)])]
 
 
 # ---- any tokenizer.json ----
@@ -355,22 +366,24 @@ class JsonTokenizer(Tokenizer):
 
 
 class JsonDecoder:
-    def __init__(self, library):
-        from tokenizers.decoders import DecodeStream
+    """The package's own DecodeStream does the same, but raises on bytes that are not UTF-8."""
 
+    def __init__(self, library):
         self.library = library
-        self.stream = DecodeStream(skip_special_tokens=False)
-        self.ids = []
-        self.length = 0  # characters given out
+        self.shown = []  # ids whose text is out: what a token looks like depends on those before it
+        self.waiting = []  # ids since then
 
     def step(self, id: int) -> str:
-        self.ids.append(id)
-        text = self.stream.step(self.library, id) or ""
-        self.length += len(text)
+        self.waiting.append(id)
+        text = self.end()
+        if not text or text.endswith("\ufffd"):  # perhaps a character that is not complete
+            return ""
+        self.shown, self.waiting = self.waiting, []
         return text
 
     def end(self) -> str:
-        return self.library.decode(self.ids, skip_special_tokens=False)[self.length :]
+        decode = partial(self.library.decode, skip_special_tokens=False)
+        return decode(self.shown + self.waiting)[len(decode(self.shown)) :]
 
 
 # ---- GPT-2's files ----
