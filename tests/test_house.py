@@ -53,23 +53,6 @@ def test_the_arrows_go_one_way(name):
                 )
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_the_sizes_of_one_sitting(name):
-    source = FILES[name].read_text()
-    assert len(source.splitlines()) <= 450
-    if name == "train":
-        nodes = list(ast.walk(ast.parse(source)))
-        functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
-        assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 130
-        assert not [
-            n.name
-            for f in functions
-            for n in ast.walk(f)
-            if isinstance(n, ast.FunctionDef) and n is not f
-        ]
-        assert max(node.col_offset for node in nodes if isinstance(node, ast.stmt)) <= 4 * 4
-
-
 def test_ranks_talk_to_each_other_in_one_file():
     for name, path in FILES.items():
         found = re.search(
