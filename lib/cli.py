@@ -114,8 +114,8 @@ class Parser(argparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
         if unknown and not unknown[1].startswith("-"):
             message = (
-                f"{unknown[1]} belongs to no flag: quote a text of several words, and a pattern such"
-                " as '*.txt'"
+                f"{unknown[1]} belongs to no flag: quote a text of several words, and a pattern, as"
+                " in '*.txt'"
             )
         elif unknown:
             near = difflib.get_close_matches(

@@ -71,8 +71,8 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 else:
     sys.exit()
-for number, (name, mode) in enumerate((("stdin", os.O_RDONLY), ("stdout", os.O_WRONLY), ("stderr", os.O_WRONLY))):
-    os.dup2(os.open(request[name], mode), number)
+for number, name in enumerate(("stdin", "stdout", "stderr")):
+    os.dup2(os.open(request[name], os.O_WRONLY if number else os.O_RDONLY), number)
 sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
 os.chdir(request["cwd"])
 os.environ.clear()
@@ -167,8 +167,9 @@ def write_shards(
 
 # a run of seconds: 2 layers, 8 steps of 128 tokens
 TINY = {
-    "n_layer": 2, "n_head": 2, "n_embd": 32, "seq_len": 16, "batch_size": 2, "total_batch_size": 128, "max_steps": 8,
-    "warmup_steps": 2, "val_every": 4, "val_tokens": 256, "hellaswag_every": 0, "sample_every": 0, "save_every": 3,
+    "n_layer": 2, "n_head": 2, "n_embd": 32, "seq_len": 16, "batch_size": 2,
+    "total_batch_size": 128, "max_steps": 8, "warmup_steps": 2, "val_every": 4, "val_tokens": 256,
+    "hellaswag_every": 0, "sample_every": 0, "save_every": 3,
     "device": "cpu", "dtype": "float32",
 }  # fmt: skip
 
@@ -265,8 +266,13 @@ def workers_of(pid: int, name=b"train.py") -> list[int]:
 
 def start_torchrun(ranks, *words, env=None, launcher=("--standalone",)):
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
-    return subprocess.Popen(torchrun_command(ranks, "train.py", *words, flags=launcher), env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    return subprocess.Popen(
+        torchrun_command(ranks, "train.py", *words, flags=launcher),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def driver(what, *words, ranks=2, env=None):

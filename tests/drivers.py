@@ -177,7 +177,7 @@ def high_scale(argument):
 
 
 def gradients(argument):
-    """Write step 0's gradients and the number of DDP's exchanges in the run to the file ARGUMENT."""
+    """Write step 0's gradients and how often DDP exchanged in the run to the file ARGUMENT."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
     from torch.nn.parallel import DistributedDataParallel
 

@@ -63,7 +63,8 @@ def test_scores_are_those_of_brute_force(style, model, tmp_path):
                     )
 
                 query = clean(
-                    f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}"
+                    f"{example['activity_label']}: {example['ctx_a']} "
+                    + example["ctx_b"].capitalize()
                 )
                 context = encoding.encode(query.rstrip())
                 tokens = encoding.encode(query + " " + clean(ending))[len(context) :]
@@ -270,16 +271,20 @@ from lm_eval.api.task import ConfigurableTask
 folder, data, out = sys.argv[1:]
 config = {
     "task": "local", "dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": data}},
-    "output_type": "multiple_choice", "validation_split": "validation", "process_docs": process_docs,
+    "output_type": "multiple_choice", "validation_split": "validation",
+    "process_docs": process_docs,
     "doc_to_text": "{{query}}", "doc_to_target": "{{label}}", "doc_to_choice": "choices",
     "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
 }
 task = ConfigurableTask(config=config)
 model = HFLM(folder, device="cpu", batch_size=8)
 results = lm_eval.simple_evaluate(model, tasks=[task], log_samples=True, bootstrap_iters=0)
-samples = [[float(choice[0]) for choice in sample["filtered_resps"]] for sample in results["samples"]["local"]]
+samples = []
+for sample in results["samples"]["local"]:
+    samples.append([float(choice[0]) for choice in sample["filtered_resps"]])
 scores = results["results"]["local"]
-json.dump({"samples": samples, "acc": scores["acc,none"], "acc_norm": scores["acc_norm,none"]}, open(out, "w"))
+scores = {"acc": scores["acc,none"], "acc_norm": scores["acc_norm,none"]}
+json.dump({"samples": samples} | scores, open(out, "w"))
 """
 
 

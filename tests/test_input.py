@@ -23,9 +23,14 @@ BAD = {
     "no number": (["--max_steps", "many"], "invalid int value: 'many'"),
     "heads": (["--n_head=3"], "n_head 3 does not divide n_embd 32: n_head 4 would|n_head 2 would"),
     "no layers": (["--n_layer=0"], "--n_layer is 0: it must be at least 1"),
-    "total batch": (["--total_batch_size=100"], "100 is not a multiple.*\nHINT: --total_batch_size 96 fits"),
+    "total batch": (
+        ["--total_batch_size=100"], "100 is not a multiple.*\nHINT: --total_batch_size 96 fits"
+    ),
     "batch": (["--batch_size=3"], "--batch_size 3 x .*\nHINT: --batch_size 2 fits"),
-    "no shards": (["--data_dir=nowhere"], "no train shards in nowhere: `python data_generator.py --data_dir nowhere`"),
+    "no shards": (
+        ["--data_dir=nowhere"],
+        "no train shards in nowhere: `python data_generator.py --data_dir nowhere`",
+    ),
     "no demo": (["--data_dir=demo/nowhere"], "makes them"),
     "too short": (["--total_batch_size=8192", "--val_tokens=8192"], "one step needs 8,193"),
     "block size": (["--block_size=8"], "--seq_len 16 is more than the model's block_size 8"),
@@ -36,12 +41,19 @@ BAD = {
     "learning rate": (["--max_lr=nan"], "--max_lr is nan"),
     "clip": (["--grad_clip=0"], "--grad_clip is 0.0: it must be a number above 0"),
     "warm-up": (["--warmup_steps=-1"], "--warmup_steps is -1: it must be at least 0"),
-    "validation": (["--val_tokens=64"], "--val_tokens 64 is less than one step.*it must be at least as many"),
+    "validation": (
+        ["--val_tokens=64"], "--val_tokens 64 is less than one step.*it must be at least as many"
+    ),
     "interval": (["--save_every=-5"], "--save_every is -5"),
     "device": (["--device=cuda"], "--device cuda: this machine has none"),
     "seed": (["--seed=99999999999999999999"], "--seed is 99999999999999999999: it must be below"),
-    "memory": (["--vocab_size=9999999999999"], "--batch_size 2 does not fit into memory.\nHINT: --batch_size 1"),
-    "HellaSwag": (["--hellaswag_every=4", "--hellaswag_data=none.jsonl"], "none.jsonl can't be read"),
+    "memory": (
+        ["--vocab_size=9999999999999"],
+        "--batch_size 2 does not fit into memory.\nHINT: --batch_size 1",
+    ),
+    "HellaSwag": (
+        ["--hellaswag_every=4", "--hellaswag_data=none.jsonl"], "none.jsonl can't be read"
+    ),
 }  # fmt: skip
 
 

@@ -28,8 +28,9 @@ def test_flops_of_124m():
 
 def test_peak_rates_by_name():
     rates = {
-        "NVIDIA A100-SXM4-80GB": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835,
-        "NVIDIA H200": 989, "NVIDIA L4": 121, "NVIDIA L40S": 362, "NVIDIA A10G": 70, "NVIDIA H20": 148,
+        "NVIDIA A100-SXM4-80GB": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756,
+        "NVIDIA H100 NVL": 835, "NVIDIA H200": 989, "NVIDIA L4": 121, "NVIDIA L40S": 362,
+        "NVIDIA A10G": 70, "NVIDIA H20": 148,
         "NVIDIA RTX 6000 Ada Generation": 364, "NVIDIA GeForce RTX 4090": 165,
     }  # fmt: skip
     for name, rate in rates.items():

@@ -66,8 +66,13 @@ def test_log_and_files_of_a_run(trained, data_dir):
         and run["data"]["tokenizer"] == "bytes"
     )
     assert sorted(path.name for path in trained.iterdir() if path.name != ".lock") == [
-        "curve.png", "log.txt", "model_00006.pt", "model_00008.pt", "model_checkpoint.pt", "run.json"
-    ]  # fmt: skip
+        "curve.png",
+        "log.txt",
+        "model_00006.pt",
+        "model_00008.pt",
+        "model_checkpoint.pt",
+        "run.json",
+    ]
     assert os.readlink(trained / "model_checkpoint.pt") == "model_00008.pt"
 
 
