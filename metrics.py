@@ -321,7 +321,8 @@ def plot(log_dir, curve: Curve | None = None) -> Path:
     for axis in axes:
         axis.set_xlim(-0.02 * last, 1.02 * last)
         axis.grid(alpha=0.3)
-        axis.legend(framealpha=0.9, edgecolor="none")
+        if axis.get_lines():
+            axis.legend(framealpha=0.9, edgecolor="none")
         if run:
             add_tokens(axis, run.tokens_per_step)
     if run:

@@ -16,7 +16,7 @@ import torch
 from GPT_Modules import GPT
 from lib.checkpoint import load_model
 from lib.cli import PositiveInt, UserError, command, parse
-from lib.device import choose_device
+from lib.device import changing_shapes, choose_device
 from lib.tokenizer import Tokenizer
 
 
@@ -61,10 +61,11 @@ def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Samplin
         tokenizer.n_vocab,
     )
     decoder = tokenizer.decoder()
-    for token in stream:
-        if token.item() == tokenizer.eot_token:
-            break
-        yield decoder.step(token.item())
+    with changing_shapes():
+        for token in stream:
+            if token.item() == tokenizer.eot_token:
+                break
+            yield decoder.step(token.item())
     yield decoder.end()
 
 

@@ -112,7 +112,12 @@ def count(n: int, noun: str) -> str:
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
-        if unknown:
+        if unknown and not unknown[1].startswith("-"):
+            message = (
+                f"{unknown[1]} belongs to no flag: quote a text of several words, and a pattern, as"
+                " in '*.txt'"
+            )
+        elif unknown:
             near = difflib.get_close_matches(
                 unknown[1].split("=")[0], self._option_string_actions, n=1
             )

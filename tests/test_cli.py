@@ -11,6 +11,7 @@ from conftest import ROOT, script
 import data_generator
 import export
 import hellaswag
+import inside
 import metrics
 import sample
 import train
@@ -18,8 +19,10 @@ from lib import cli
 from lib.cli import PositiveFloat, PositiveInt, UserError, command, parse
 
 CONFIGS = {
-    "train.py": train.TrainConfig, "data_generator.py": data_generator.DataConfig, "sample.py": sample.SampleConfig,
-    "hellaswag.py": hellaswag.HellaSwagConfig, "export.py": export.ExportConfig, "metrics.py": metrics.MetricsConfig,
+    "train.py": train.TrainConfig, "data_generator.py": data_generator.DataConfig,
+    "sample.py": sample.SampleConfig, "hellaswag.py": hellaswag.HellaSwagConfig,
+    "export.py": export.ExportConfig, "metrics.py": metrics.MetricsConfig,
+    "inside.py": inside.InsideConfig,
 }  # fmt: skip
 
 
@@ -192,11 +195,14 @@ def test_other_ranks_leave_silently(ranks, prints, capsys, monkeypatch):
 
 def test_nothing_happens_at_import():
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1])\nimport train, data_generator, hellaswag, export, sample,"
-        " metrics\n"
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import train, data_generator, hellaswag, export, sample, metrics, inside\n"
     )
     program += "import torch\nassert not torch.distributed.is_initialized()\n"
-    program += "bad = {'datasets', 'matplotlib', 'huggingface_hub', 'transformers'} & set(sys.modules)\nassert not bad, bad"
+    program += (
+        "bad = {'datasets', 'matplotlib', 'huggingface_hub', 'transformers'} & set(sys.modules)\n"
+        "assert not bad, bad"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program, str(ROOT)], capture_output=True, text=True
     )
