@@ -26,8 +26,8 @@ from lib.checkpoint import load_checkpoint, load_model
 from lib.tokenizer import get_tokenizer
 
 FILES = {
-    "README.md", "config.json", "generation_config.json", "merges.txt", "model.safetensors", "special_tokens_map.json",
-    "tokenizer.json", "tokenizer_config.json", "vocab.json",
+    "README.md", "config.json", "generation_config.json", "merges.txt", "model.safetensors",
+    "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
 }  # fmt: skip
 SMALL = GPTConfig(block_size=1024, vocab_size=50304, n_layer=2, n_head=2, n_embd=32)
 
@@ -483,8 +483,8 @@ def test_what_goes_wrong_with_the_hub_is_one_message(case, message, trained, tmp
 
 def test_the_plain_upload_folder_works_too(bytes_folder):
     program = (
-        f"from huggingface_hub import HfApi; HfApi().upload_folder(folder_path={str(bytes_folder)!r},"
-        " repo_id='you/GPT124M')"
+        "from huggingface_hub import HfApi; "
+        f"HfApi().upload_folder(folder_path={str(bytes_folder)!r}, repo_id='you/GPT124M')"
     )
     with Hub({"you/GPT124M": {}}) as hub:
         environment = os.environ | {
