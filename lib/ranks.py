@@ -78,6 +78,10 @@ class Ranks:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
+    def min(self, number: float) -> float:
+        """The smallest of the ranks' numbers."""
+        return -self.max(-number).item()
+
     def stopping(self) -> torch.Tensor:
         """The signal that asks any rank to stop, as a tensor on the device; 0: none.
 
