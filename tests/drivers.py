@@ -218,7 +218,8 @@ def gradients(argument):
 FAULTS = {
     fault.__name__: fault
     for fault in (
-        stop_after, drift, inf_weight, nan_loss, inf_loss, nan_for_ever, nan_gradient, full_disk, full_log,
+        stop_after, drift, inf_weight, nan_loss, inf_loss, nan_for_ever, nan_gradient, full_disk,
+        full_log,
         slow_save, killed_after_save, sees_no_checkpoint, high_scale, gradients,
     )
 }  # fmt: skip
