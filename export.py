@@ -6,12 +6,15 @@ python export.py --model demo/log/model_checkpoint.pt --out demo/GPT --overwrite
 """
 
 import json
+import os
 import re
 import shlex
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
 import torch
 

@@ -14,11 +14,15 @@ Shapes: B sequences in a micro-batch (batch_size), T tokens in a sequence (seq_l
 
 import dataclasses
 import math
+import os
 import signal
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -119,7 +123,7 @@ PRESETS = {  # gpt2 to gpt2-xl: learning rates of table 2.1 of Brown et al. 2020
         "seq_len": 128, "batch_size": 8, "total_batch_size": 1024, "max_steps": 2500,
         "warmup_steps": 100, "optimizer": "muon", "schedule": "linear", "max_lr": 4e-3,
         "min_lr": 0.0, "val_every": 250, "val_tokens": 76_800, "hellaswag_every": 0,
-        "sample_every": 500, "save_every": 250, "keep_every": 0, "dtype": "float32",
+        "sample_every": 500, "save_every": 250, "keep_every": 250, "dtype": "float32",
     },
 }  # fmt: skip
 
