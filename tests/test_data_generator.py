@@ -1224,7 +1224,7 @@ def test_what_is_no_text_is_left_out_and_counted(tmp_path, capsys):
     good = [text for n, text in enumerate(documents) if n not in bad]
     assert_shards(tmp_path / "data", plain_shards(good, "bytes", 9000), skipped=5)
     printed = capsys.readouterr().out
-    assert "left out: 5 documents that are no texts; the first here:\n" in printed
+    assert "left out, as no texts: 5 documents; the first here:\n" in printed
     assert [line.strip() for line in printed.splitlines() if "    " in line] == [
         said,
         f"{tmp_path}/a.jsonl line 300: text is null, not a text",
