@@ -244,6 +244,12 @@ def write_random_shards(directory: Path, lengths: dict[str, int]) -> None:
     write_manifest(directory, manifest)
 
 
+def run_to_its_end(command: list[str]) -> None:
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"train.py: {done.stderr}")
+
+
 def measure_run(options) -> None:
     """train.py: 12 steps of one micro-batch; the same ended by SIGTERM, and continued."""
     config, B, T = SIZES[options.size]
@@ -261,7 +267,7 @@ def measure_run(options) -> None:
         whole = Path(directory) / "whole"
         cut = Path(directory) / "cut"
         with turn(options):
-            subprocess.run([*command, f"--log_dir={whole}"], check=True, stdout=subprocess.DEVNULL)
+            run_to_its_end([*command, f"--log_dir={whole}"])
             with subprocess.Popen(
                 [*command, f"--log_dir={cut}"], stdout=subprocess.PIPE, text=True
             ) as process:
@@ -271,7 +277,7 @@ def measure_run(options) -> None:
                 start = time.perf_counter()
                 process.communicate()
                 left = time.perf_counter() - start
-            subprocess.run([*command, f"--log_dir={cut}"], check=True, stdout=subprocess.DEVNULL)
+            run_to_its_end([*command, f"--log_dir={cut}"])
         log = metrics.read_log(whole)
         losses = dict(log["train"])
         again = dict(metrics.read_log(cut)["train"])

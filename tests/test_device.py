@@ -120,15 +120,25 @@ COUNTED = {
     "gpt2-large bfloat16 eager": {
         1: 16.47, 2: 18.50, 4: 22.56, 8: 29.82, 16: 43.55, 32: 71.05, 64: 126.04,
     },
+    "gpt2-xl bfloat16 eager": {
+        1: 32.07, 2: 35.27, 4: 41.61, 8: 53.45, 16: 76.15, 32: 121.85, 64: 213.25,
+    },
     "gpt2 bfloat16 eager recompute": {
         1: 2.78, 2: 3.15, 4: 3.86, 8: 4.46, 16: 4.83, 32: 5.59, 64: 7.09,
     },
     "gpt2-medium bfloat16 eager recompute": {
         1: 7.03, 2: 7.46, 4: 8.30, 8: 9.16, 16: 10.07, 32: 11.88, 64: 15.51,
     },
-    "gpt2 bfloat16 compiled": {16: 8.38, 64: 25.02},
+    "gpt2-large bfloat16 eager recompute": {
+        1: 14.99, 2: 15.47, 4: 16.49, 8: 17.72, 16: 19.35, 32: 22.63, 64: 29.18,
+    },
+    "gpt2-xl bfloat16 eager recompute": {
+        1: 29.52, 2: 30.11, 4: 31.38, 8: 33.10, 16: 35.77, 32: 41.12, 64: 51.82,
+    },
+    "gpt2 bfloat16 compiled": {4: 4.24, 16: 8.38, 64: 25.02},
     "gpt2 bfloat16 compiled recompute": {64: 7.12},
     "gpt2 float32 compiled": {16: 12.82},
+    "gpt2 float32 compiled recompute": {16: 3.94},
 }  # fmt: skip
 
 
@@ -147,10 +157,11 @@ def test_the_memory_of_a_step_is_at_least_what_was_counted_and_at_most_a_tenth_m
 
 
 def test_the_memory_of_a_step_is_an_h200s():
-    """Measured on the card: one micro-batch at B=64 took 24.7 GB, 6.7 with --recompute."""
-    measured = {"gpt2 bfloat16 compiled": 24.7, "gpt2 bfloat16 compiled recompute": 6.7}
+    """Measured on the card at B=64: 25.2 GB in a run; 6.7 in a step with --recompute and only one
+    micro-batch, so that 0.5 of gradients were not there yet."""
+    measured = {"gpt2 bfloat16 compiled": 25.2, "gpt2 bfloat16 compiled recompute": 6.7 + 0.5}
     for words, gigabytes in measured.items():
-        assert 1 <= step_memory(shape_of(words), 64) / 1e9 / gigabytes <= 1.11, words
+        assert 1 <= step_memory(shape_of(words), 64) / 1e9 / gigabytes <= 1.1, words
 
 
 def test_the_largest_batch_that_fits_is_taken():
