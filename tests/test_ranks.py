@@ -4,6 +4,7 @@ import os
 import signal
 
 import torch
+from conftest import torchrun
 
 from lib.ranks import Ranks, Signals
 
@@ -28,3 +29,18 @@ def test_signals_are_noted_and_handlers_given_back():
     assert signals.pending() == signal.SIGTERM
     signals.forget()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+SMALLEST = """
+from lib.ranks import Ranks
+with Ranks("cpu") as ranks:
+    ranks.connect(60)
+    print("smallest", round(ranks.min(85e9 - 1e9 * ranks.rank) / 1e9, 3), flush=True)
+"""
+
+
+def test_the_smallest_number_is_the_same_on_every_rank(tmp_path):
+    (tmp_path / "smallest.py").write_text(SMALLEST)
+    done = torchrun(2, tmp_path / "smallest.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("smallest 84.0") == 2, done.stdout
