@@ -6,6 +6,7 @@ Shapes: n tokens of a micro-batch, C channels, V vocabulary (rows of the token t
 """
 
 import torch
+import torch.nn.functional as F
 
 # logits of a slice at most: few for memory, enough for speed. Tokens x GPT-2's vocabulary
 SLICE = {"cuda": 4096 * 50304, "cpu": 768 * 50304}
@@ -41,12 +42,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         for i in range(0, n, rows):
             x_i = x[i : i + rows]  # (rows, C)
             targets_i = targets[i : i + rows]  # (rows,)
-            losses, grad_logits = softmax_loss(x_i @ w.T, targets_i)
-            # not in place: compiled by torch 2.11, that loses the gradient
-            loss = loss + losses.sum() / n
             if learning:
+                losses, grad_logits = softmax_loss(x_i @ w.T, targets_i)
                 grad_x[i : i + rows] = grad_logits @ w
                 add_product(grad_weight, grad_logits, x_i)
+            else:
+                losses = F.cross_entropy((x_i @ w.T).float(), targets_i, reduction="none")
+            # not in place: compiled by torch 2.11, that loses the gradient
+            loss = loss + losses.sum() / n
         ctx.n = n
         ctx.save_for_backward(grad_x, grad_weight)
         return loss

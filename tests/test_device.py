@@ -135,7 +135,26 @@ COUNTED = {
     "gpt2-xl bfloat16 eager recompute": {
         1: 29.52, 2: 30.11, 4: 31.38, 8: 33.10, 16: 35.77, 32: 41.12, 64: 51.82,
     },
-    "gpt2 bfloat16 compiled": {4: 4.24, 16: 8.38, 64: 25.02},
+    "gpt2 float32 eager": {1: 3.00, 2: 3.83, 4: 5.47, 8: 8.74, 16: 13.65, 32: 23.48, 64: 43.14},
+    "gpt2-medium float32 eager": {
+        1: 7.74, 2: 9.57, 4: 13.24, 8: 20.55, 16: 33.55, 32: 59.56, 64: 111.56,
+    },
+    "gpt2-large float32 eager": {
+        1: 16.21, 2: 19.37, 4: 25.87, 8: 38.83, 16: 63.15, 32: 111.77, 64: 209.03,
+    },
+    "gpt2-xl float32 eager": {1: 31.24, 2: 36.25, 4: 46.98, 8: 67.80, 16: 108.31, 32: 189.22},
+    "gpt2 float32 eager recompute": {
+        1: 2.43, 2: 2.69, 4: 3.20, 8: 4.20, 16: 4.57, 32: 5.40, 64: 8.63,
+    },
+    "gpt2-medium float32 eager recompute": {
+        1: 6.22, 2: 6.55, 4: 7.20, 8: 8.46, 16: 9.36, 32: 11.83, 64: 17.74,
+    },
+    "gpt2-large float32 eager recompute": {
+        1: 13.40, 2: 13.72, 4: 14.55, 8: 16.17, 16: 17.80, 32: 22.31, 64: 31.71,
+    },
+    "gpt2 bfloat16 compiled": {1: 2.83, 4: 4.24, 16: 8.38, 64: 25.02},
+    "gpt2-medium bfloat16 compiled": {64: 65.65},
+    "gpt2-large bfloat16 compiled": {8: 28.41},
     "gpt2 bfloat16 compiled recompute": {64: 7.12},
     "gpt2 float32 compiled": {16: 12.82},
     "gpt2 float32 compiled recompute": {16: 3.94},
