@@ -396,8 +396,8 @@ def check_space(config: DataConfig, written: int) -> None:
 
 def generate(config: DataConfig, manifest: Manifest, tokenizer: Tokenizer) -> list[NotText]:
     """Write the shards that the manifest does not have yet; returns the first of the documents that
-    were left out. Raises UserError as ShardWriter does, and for a source that fills no more than the
-    validation shard."""
+    were left out. Raises UserError as ShardWriter does, and for a source that fills no more than
+    the validation shard."""
     writer = ShardWriter(config.data_dir, manifest, tokenizer.eot_token)
     position = manifest.position or Position()
     place = Place(position.file, position.document)

@@ -1134,8 +1134,8 @@ sys.exit(code)
         (["--dataset=nothing.txt"], "--dataset nothing.txt: there is no such file"),
         (["--dataset=no/*.parquet"], "there is no such file"),
         (
-            ["--dataset=tests"],
-            r"its files are of several types: give one type, as in 'tests/\*\*/\*.json' or 'tests",
+            ["--dataset=."],
+            r"its files are of several types: give one type, as in '\./\*\*/\*",
         ),
         (["--dataset=lib"], "none of its files is .txt .md .jsonl"),
         (["--dataset=lib/cli.py"], "lib/cli.py is none of .txt .md .jsonl"),
