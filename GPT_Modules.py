@@ -15,6 +15,7 @@ residual stream of C channels.
 
 import json
 import math
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -274,6 +275,9 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         return weights
     if path.suffix == ".safetensors":
         return load_file(path)
+    # torch.load does not compare the checksums; older files have none
+    if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
+        raise ValueError(f"{path.name} is damaged: the checksum of {part} is wrong")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -320,7 +320,8 @@ def export(config: ExportConfig) -> None:
             f"{config.out} is not an exported model: --overwrite won't replace it, "
             "--out chooses another folder"
         )
-    temporary, old = out.with_name(out.name + ".new.tmp"), out.with_name(out.name + ".old.tmp")
+    temporary = out.with_name(out.name + ".new.tmp")
+    old = out.with_name(out.name + ".old.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

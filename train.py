@@ -15,6 +15,7 @@ Shapes: B sequences in a micro-batch (batch_size), T tokens in a sequence (seq_l
 import dataclasses
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -700,7 +701,7 @@ def report_end(run: Run, first_step: int, step: int, stop: int) -> int:
     else:
         peak = peak_memory(ranks.device)
         ranks.say(f"done: {count(step, 'step')}, peak memory {peak:.1f} GB per process")
-    path = f"{log_dir}/{NEWEST}"
+    path = shlex.quote(f"{log_dir}/{NEWEST}")
     ranks.say(f"next: python sample.py --model {path}")
     ranks.say(f"      python export.py --model {path} --out GPT124M")
     return 0

@@ -207,7 +207,7 @@ def open_model(name: str, tokenizer: str | None = None) -> Opened:
         return open_checkpoint(newest.checkpoint, newest.path, tokenizer)
     if path.is_dir():
         return open_folder(name, path, tokenizer)
-    if path.suffix in (".safetensors", ".bin", ".json") and path.is_file():
+    if path.name.endswith((".safetensors", ".bin", ".index.json")) and path.is_file():
         return open_folder(name, path.parent, tokenizer)
     if name in HUB_NAMES and not path.exists():
         return open_folder(name, None, tokenizer)

@@ -75,36 +75,33 @@ def tokenizer_from_files(files: dict[str, str], place: str) -> "Tokenizer":
     try:
         whole = json.loads(files["tokenizer.json"])
         settings = json.loads(files.get("tokenizer_config.json", "{}"))
-        vocab = whole["model"]["vocab"]
-        merges = whole["model"].get("merges", [])
-        plain = isinstance(vocab, dict) and is_plain(whole, settings)
+        end = content(settings.get("eos_token"))
+        known = tokenizer_of_tiktoken(whole) if end in (None, END_OF_TEXT) else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{place} and its tokenizer_config.json are not a tokenizer in Hugging Face's format"
             f" ({first_line(error)})"
         ) from None
-    if plain:
-        if is_gpt2(vocab, merges):
-            return TiktokenTokenizer("gpt2")
-        if vocab == bytes_vocab() and not merges:
-            return TiktokenTokenizer("bytes")
-    return JsonTokenizer(files, settings, place)
+    return TiktokenTokenizer(known) if known else JsonTokenizer(files, settings, place)
 
 
 def tokenizer_without_json(folder: Path) -> "Tokenizer":
     """The tokenizer of a folder that has no tokenizer.json: GPT-2's if vocab.json and merges.txt
     are OpenAI's, else a UserError that says how to make a tokenizer.json."""
     names = [path.name for path in sorted(folder.glob("*")) if path.name in OTHER_FILES]
-    if "vocab.json" in names and "merges.txt" in names and "added_tokens.json" not in names:
-        vocab = json.loads(read_text(folder / "vocab.json"))
-        merges = read_text(folder / "merges.txt").strip().splitlines()
-        if is_gpt2(vocab, [line for line in merges if not line.startswith("#version")]):
-            return TiktokenTokenizer("gpt2")
+    try:
+        if names == ["merges.txt", "vocab.json"]:
+            vocab = json.loads(read_text(folder / "vocab.json"))
+            merges = read_text(folder / "merges.txt").strip().splitlines()
+            if is_gpt2(vocab, [line for line in merges if not line.startswith("#version")]):
+                return TiktokenTokenizer("gpt2")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder / 'vocab.json'} is damaged: {first_line(error)}") from None
+    there = f", only {', '.join(names)}: transformers makes one" if names else ""
     raise UserError(
-        f"{folder} has no tokenizer.json"
-        + (f", only {', '.join(names)}: transformers makes one" if names else "")
-        + ":\n    from transformers import AutoTokenizer"
-        + f'\n    AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}")'
+        f"{folder} has no tokenizer.json{there}:\n"
+        "    from transformers import AutoTokenizer\n"
+        f'    AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}")'
     )
 
 
@@ -345,7 +342,7 @@ class JsonTokenizer(Tokenizer):
         roles = {}
         for key, value in self.settings.items():
             # transformers would give one that is not in the vocabulary a new id
-            if key.endswith("_token") and content(value) in ids:
+            if key.endswith("_token") and isinstance(value, str | dict) and content(value) in ids:
                 roles[key] = value
         end = self.library.id_to_token(self.eot_token)
         settings = roles | {
@@ -389,7 +386,18 @@ class JsonDecoder:
 # ---- GPT-2's files ----
 
 
-def is_plain(whole: dict, settings: dict) -> bool:
+def tokenizer_of_tiktoken(whole: dict) -> str | None:
+    """Which of tiktoken's two a tokenizer.json holds: "gpt2", "bytes", or neither."""
+    vocab = whole["model"]["vocab"]
+    merges = whole["model"].get("merges", [])
+    if not isinstance(vocab, dict) or not is_plain(whole):
+        return None
+    if is_gpt2(vocab, merges):
+        return "gpt2"
+    return "bytes" if vocab == bytes_vocab() and not merges else None
+
+
+def is_plain(whole: dict) -> bool:
     """Does this BPE tokenizer do with its vocabulary what GPT-2's does, and nothing else?"""
     model = whole["model"]
     before = whole.get("pre_tokenizer") or {}
@@ -409,13 +417,15 @@ def is_plain(whole: dict, settings: dict) -> bool:
         and not before.get("add_prefix_space")
         and after.get("type") == "ByteLevel"
         and added == [(END_OF_TEXT, end_id, False, False, False)]
-        and content(settings.get("eos_token")) in (None, END_OF_TEXT)
     )
 
 
-def content(token: str | dict | None) -> str | None:
+def content(token) -> str | None:
     """The name of a token in tokenizer_config.json: a string, or an AddedToken written out."""
-    return token.get("content") if isinstance(token, dict) else token
+    name = token.get("content") if isinstance(token, dict) else token
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"a token is {token!r}")
+    return name
 
 
 def is_gpt2(vocab: dict[str, int], merges: list) -> bool:

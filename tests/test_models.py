@@ -200,6 +200,33 @@ def test_weights_that_would_run_code_are_not_read(own_tokenizer, tmp_path):
         load_model(str(tmp_path))
 
 
+def test_damaged_files_are_not_read(own_tokenizer, tmp_path):
+    small_gpt2().save_pretrained(tmp_path)
+    copy_tokenizer(own_tokenizer, tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:50_000])
+    with pytest.raises(UserError, match="can't be read as a model folder: SafetensorError"):
+        load_model(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    to_bin(tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 64  # torch.load does not see it
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="pytorch_model.bin is damaged: the checksum of"):
+        load_model(str(tmp_path))
+
+
+def test_weights_in_torchs_old_format(own_tokenizer, tmp_path):
+    theirs = small_gpt2()
+    theirs.save_pretrained(tmp_path)
+    copy_tokenizer(own_tokenizer, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(theirs.state_dict(), path, _use_new_zipfile_serialization=False)
+    assert largest_difference(load_model(str(tmp_path))[0], theirs) < 1e-5
+
+
 # ---- tokenizers ----
 
 

@@ -395,6 +395,16 @@ def test_what_is_not_a_tokenizer(content, message, tmp_path):
         get_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("settings", ["[]", "{", '{"eos_token": ["a"]}', '{"eos_token": 5}'])
+def test_what_is_not_a_tokenizer_config(settings, folders, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(
+        (folders["WordPiece"] / "tokenizer.json").read_bytes()
+    )
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    with pytest.raises(UserError, match="are not a tokenizer in Hugging Face's format"):
+        get_tokenizer(tmp_path)
+
+
 def test_no_tokenizer_there(tmp_path):
     with pytest.raises(UserError, match="there is no tokenizer gpt3: give gpt2, bytes, a folder"):
         get_tokenizer("gpt3")
@@ -405,10 +415,15 @@ def test_no_tokenizer_there(tmp_path):
         get_tokenizer(str(tmp_path / "tokenizer.json"))
     assert "only tokenizer.model: transformers makes one:" in str(error.value)
     assert f'AutoTokenizer.from_pretrained("{tmp_path}").save_pretrained(' in str(error.value)
-    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    (tmp_path / "vocab.json").write_text('{"a": "b"}')
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(UserError, match="only merges.txt, tokenizer.model, vocab.json"):
         get_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    for content in ('{"a": "b"}', "{"):
+        (tmp_path / "vocab.json").write_text(content)
+        with pytest.raises(UserError, match="vocab.json is damaged: "):
+            get_tokenizer(tmp_path)
 
 
 def test_the_package_tokenizers_is_needed_for_an_own_tokenizer_only(folders):
