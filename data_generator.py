@@ -494,7 +494,7 @@ def write_data_set(config: DataConfig) -> Manifest:
                 f"{message}\nHINT: make room and run the same command again", code=1
             ) from None
     if left_out:
-        print(f"left out: {count(manifest.skipped, 'document')} that are no texts; the first here:")
+        print(f"left out, as no texts: {count(manifest.skipped, 'document')}; the first here:")
         for document in left_out[:3]:
             print(f"    {document}")
     return manifest

@@ -6,12 +6,15 @@ python export.py --model demo/log/model_checkpoint.pt --out demo/GPT --overwrite
 """
 
 import json
+import os
 import re
 import shlex
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
 import torch
 
@@ -317,7 +320,8 @@ def export(config: ExportConfig) -> None:
             f"{config.out} is not an exported model: --overwrite won't replace it, "
             "--out chooses another folder"
         )
-    temporary, old = out.with_name(out.name + ".new.tmp"), out.with_name(out.name + ".old.tmp")
+    temporary = out.with_name(out.name + ".new.tmp")
+    old = out.with_name(out.name + ".old.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

@@ -14,10 +14,13 @@ positions are counted from 0, as the weights' names count them.
 
 import functools
 import math
+import os
 import sys
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
 import numpy as np
 

@@ -14,11 +14,16 @@ Shapes: B sequences in a micro-batch (batch_size), T tokens in a sequence (seq_l
 
 import dataclasses
 import math
+import os
+import shlex
 import signal
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -38,11 +43,15 @@ from lib.checkpoint import (
 )
 from lib.cli import PositiveFloat, PositiveInt, UserError, command, count, leave, parse
 from lib.device import (
+    StepShape,
     choose_precision,
     explain_out_of_memory,
+    fitting_batch_size,
+    free_memory,
     peak_memory,
     prepare_device,
     recompute_blocks,
+    step_memory,
 )
 from lib.files import only_writer
 from lib.loss import linear_cross_entropy
@@ -115,7 +124,7 @@ PRESETS = {  # gpt2 to gpt2-xl: learning rates of table 2.1 of Brown et al. 2020
         "seq_len": 128, "batch_size": 8, "total_batch_size": 1024, "max_steps": 2500,
         "warmup_steps": 100, "optimizer": "muon", "schedule": "linear", "max_lr": 4e-3,
         "min_lr": 0.0, "val_every": 250, "val_tokens": 76_800, "hellaswag_every": 0,
-        "sample_every": 500, "save_every": 250, "keep_every": 0, "dtype": "float32",
+        "sample_every": 500, "save_every": 250, "keep_every": 250, "dtype": "float32",
     },
 }  # fmt: skip
 
@@ -349,13 +358,16 @@ def set_up(config: TrainConfig, ranks: Ranks, data: Data) -> tuple[Run, int]:
     """The run and its first step: the state to go on from, model and optimizer, log."""
     start = find_start(config, ranks, data)
     raw_model = start.model
-    if config.batch_size is None:
-        use_batch_size(8 if ranks.device.type == "cpu" else 64, data)
     block_size = raw_model.config.block_size
     questions = hellaswag.share_out(data.examples, data.tokenizer, block_size, ranks)
+    compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
 
     prepare_device(ranks.device)
     ranks.connect(config.timeout)
+    if config.batch_size is None:
+        half = start.precision != "float32"
+        shape = StepShape(raw_model.config, config.seq_len, half, compiled, config.recompute)
+        choose_batch_size(ranks, data, shape)
     raw_model.to(ranks.device).train()
     raw_model.loss = linear_cross_entropy
     if config.recompute:
@@ -373,7 +385,6 @@ def set_up(config: TrainConfig, ranks: Ranks, data: Data) -> tuple[Run, int]:
         scaler.load_state_dict(start.scaler)
     dtype = getattr(torch, start.precision)
     autocast = torch.autocast(ranks.device.type, dtype, enabled=start.precision != "float32")
-    compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
     model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
     if ranks.world_size > 1:
         # averages gradients over the ranks
@@ -392,12 +403,39 @@ def set_up(config: TrainConfig, ranks: Ranks, data: Data) -> tuple[Run, int]:
     return run, start.step
 
 
-def use_batch_size(largest: int, data: Data) -> None:
-    """Take the largest power of two up to `largest` that divides each process's share of a step."""
-    for loader in (data.train, data.val):
-        if loader:
-            share = loader.micro_steps * loader.B  # sequences of this process in a step
-            loader.set_batch_size(math.gcd(share, largest))
+def choose_batch_size(ranks: Ranks, data: Data, shape: StepShape) -> None:
+    """Let the loaders have the largest micro-batches that fit: the same on every rank, and the
+    result is the same whatever they are. Raises UserError if not even one sequence fits."""
+    share = data.train.micro_steps * data.train.B  # sequences of this process in a step
+    if ranks.device.type == "cuda":
+        free = ranks.min(free_memory(ranks.device))
+        batch_size = fitting_batch_size(shape, share, free)
+    else:  # its memory is the machine's, and larger batches would hardly be faster
+        batch_size = math.gcd(share, 8)
+    if batch_size == 0:
+        need = step_memory(shape, 1) / 1e9
+        raise UserError(
+            f"a step with one sequence of {shape.seq_len:,} tokens takes {need:.1f} GB, and the "
+            f"GPU has {free / 1e9:.1f} GB free.\nHINT: {what_fits(shape, share, free)}; "
+            "--batch_size 1 tries it all the same"
+        )
+    data.train.set_batch_size(batch_size)
+    if data.val:
+        data.val.set_batch_size(batch_size)
+
+
+def what_fits(shape: StepShape, share: int, free: float) -> str:
+    """What needs less memory and fits: --recompute, else the largest smaller preset."""
+    recomputed = dataclasses.replace(shape, recompute=True)
+    if batch_size := fitting_batch_size(recomputed, share, free):
+        return f"with --recompute {count(batch_size, 'sequence')} would fit; the result is the same"
+    for preset in ("gpt2-large", "gpt2-medium", "gpt2"):
+        flags = {name: PRESETS[preset][name] for name in MODEL_FLAGS if name in PRESETS[preset]}
+        model = GPTConfig(shape.model.block_size, shape.model.vocab_size, **flags)
+        smaller = dataclasses.replace(recomputed, model=model)
+        if model.n_layer < shape.model.n_layer and fitting_batch_size(smaller, share, free):
+            return f"--preset {preset} --recompute would fit"
+    return "a smaller model would fit (--n_layer, --n_embd)"
 
 
 def announce(
@@ -663,7 +701,7 @@ def report_end(run: Run, first_step: int, step: int, stop: int) -> int:
     else:
         peak = peak_memory(ranks.device)
         ranks.say(f"done: {count(step, 'step')}, peak memory {peak:.1f} GB per process")
-    path = f"{log_dir}/{NEWEST}"
+    path = shlex.quote(f"{log_dir}/{NEWEST}")
     ranks.say(f"next: python sample.py --model {path}")
     ranks.say(f"      python export.py --model {path} --out GPT124M")
     return 0

@@ -6,12 +6,19 @@ import functools
 import platform
 import resource
 import sys
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from lib.cli import UserError
+from lib.loss import rows_of_a_slice
+
+# share of the free memory that a step may take: torch's allocator can't use every gap between
+# tensors, and kernels and NCCL need some themselves
+USABLE = 0.92
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -106,6 +113,63 @@ def recompute_blocks(model: torch.nn.Module) -> None:
         block.forward = functools.partial(
             checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
         )
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What the memory of a training step depends on, beside its batch size."""
+
+    model: Any  # its GPTConfig
+    seq_len: int
+    half: bool  # computed in bfloat16 or float16, not in float32
+    compiled: bool
+    recompute: bool
+
+
+def step_memory(shape: StepShape, batch_size: int) -> float:
+    """Bytes of a GPU that a training step takes at its peak, in the middle of the backward pass.
+
+    Fitted to what torch's allocator counts for GPT-2's four sizes: never less, at most 10% more
+    (tests/test_device.py has the counts).
+    """
+    L = shape.model.n_layer
+    C = shape.model.n_embd
+    V = shape.model.vocab_size
+    n = batch_size * shape.seq_len  # tokens
+    number = 2 if shape.half else 4  # bytes
+    matrices = 12 * L * C * C + V * C
+    parameters = matrices + 13 * L * C + shape.model.block_size * C + 2 * C
+    state = 16 * parameters  # weights, gradients and two moments of AdamW, in float32
+    copies = 2 * matrices if shape.half else 0  # the weights in half precision
+    table = 4 * V * C  # the gradient of the token table, before it is added to the others
+    rows = rows_of_a_slice(V, "cuda")
+    logits = number * V * min(n, rows)
+    if not shape.compiled:
+        # the last slice's are still there, and in half precision there are float32 ones as well
+        logits = number * V * min(n, 2 * rows)
+        logits += 4 * V * min(n, rows) if shape.half else 0
+    head = logits + 12 * C * n
+    a_block = (37 if shape.half else 65) * C * n  # what a block keeps for its backward pass
+    if shape.recompute:  # only the inputs of the blocks; one of them at a time is computed again
+        kept = 4 * C * n * L + max(head, 1.25 * a_block)
+    else:
+        kept = a_block * L + head
+    return 1.03 * (state + copies + table) + kept  # the allocator rounds sizes up
+
+
+def fitting_batch_size(shape: StepShape, share: int, free: float) -> int:
+    """The largest batch size whose step fits into `free` bytes; 0: not even one sequence does.
+
+    A power of two up to 64 that divides `share`, the sequences of a process in a step.
+    """
+    sizes = [2**i for i in range(7) if share % 2**i == 0]
+    return max((B for B in sizes if step_memory(shape, B) <= USABLE * free), default=0)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes of a GPU that no process has taken."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ from typing import NamedTuple
 from lib.cli import UserError, first_line
 
 BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8, which is no text
-ROWS = 256  # of a .parquet file that are read at a time
+ROWS = 512  # of a .parquet file that are read at a time
 READ_ERRORS = (  # what damaged files raise, pyarrow's errors included
     OSError,
     EOFError,

@@ -5,11 +5,10 @@
 Shapes: n tokens of a micro-batch, C channels, V vocabulary (rows of the token table).
 """
 
-import math
-
 import torch
 
-SLICE = {"cuda": 2**28, "cpu": 25_000_000}  # logits of a slice: few for memory, enough for speed
+# logits of a slice at most: few for memory, enough for speed. Tokens x GPT-2's vocabulary
+SLICE = {"cuda": 4096 * 50304, "cpu": 768 * 50304}
 
 
 def linear_cross_entropy(x, weight, targets):
@@ -34,40 +33,18 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, learning):
         n = x.size(0)
-        V = weight.size(0)
         w = weight.to(x.dtype)
-        slices = max(1, n * V // SLICE.get(x.device.type, SLICE["cpu"]))
-        rows = math.ceil(n / slices)
-        vocabulary = torch.arange(V, device=x.device)
-        # When compiled, gather and scatter stop Inductor from fusing the operations around them,
-        # and the slice's logits go to memory and back. So there the target's logit is a dot
-        # product, and one_hot a comparison.
-        fused = torch.compiler.is_compiling()
+        rows = rows_of_a_slice(weight.size(0), x.device.type)
         loss = x.new_zeros((), dtype=torch.float32)
         grad_x = torch.empty_like(x) if learning else None
         grad_weight = torch.zeros_like(weight) if learning else None
         for i in range(0, n, rows):
             x_i = x[i : i + rows]  # (rows, C)
-            targets_i = targets[i : i + rows, None]  # (rows, 1)
-            logits = (x_i @ w.T).float()  # (rows, V); from here in place, because it is large
-            if fused:
-                dot_products = x_i.float() * w[targets_i[:, 0]].float()
-                target_logits = dot_products.sum(dim=1, keepdim=True)  # (rows, 1)
-            else:
-                target_logits = logits.gather(1, targets_i)
-            highest = logits.amax(dim=1, keepdim=True)
-            probs = logits.sub_(highest).exp_()
-            total = probs.sum(dim=1, keepdim=True)
+            targets_i = targets[i : i + rows]  # (rows,)
+            losses, grad_logits = softmax_loss(x_i @ w.T, targets_i)
             # not in place: compiled by torch 2.11, that loses the gradient
-            loss = loss + (total.log() + highest - target_logits).sum() / n
+            loss = loss + losses.sum() / n
             if learning:
-                if fused:
-                    grad_logits = probs / total - (vocabulary == targets_i).float()
-                else:
-                    probs.div_(total)
-                    grad_logits = probs.scatter_add_(1, targets_i, -torch.ones_like(total))
-                grad_logits = grad_logits.to(x.dtype)
-                del logits, probs  # free the float32 numbers before the products need memory
                 grad_x[i : i + rows] = grad_logits @ w
                 add_product(grad_weight, grad_logits, x_i)
         ctx.n = n
@@ -79,6 +56,53 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight = ctx.saved_tensors
         scale = grad_loss / ctx.n  # only here: in float16 a probability divided by n is often 0
         return grad_x * scale, grad_weight * scale, None, None
+
+
+def rows_of_a_slice(V: int, device: str) -> int:
+    """Tokens whose logits are in memory at once: a multiple of 256, because GPUs multiply matrices
+    of other shapes more slowly."""
+    return max(1, SLICE.get(device, SLICE["cpu"]) // V // 256) * 256
+
+
+def softmax_loss(logits, targets):
+    """The loss of each token, and its gradient with respect to the token's logits.
+
+    logits (rows, V), targets (rows,) -> losses (rows,) float32, gradient (rows, V) as the logits:
+    loss = log(sum(exp(logits))) - logits[target], gradient = softmax(logits) - one_hot(target).
+    Takes the memory of the logits.
+    """
+    if logits.is_cuda and torch.compiler.is_compiling():  # faster than what Inductor makes of it
+        return softmax_loss_(logits, targets), logits
+    dtype = logits.dtype
+    logits = logits.float()  # from here in place, because it is large
+    targets = targets[:, None]  # (rows, 1)
+    target_logits = logits.gather(1, targets)  # (rows, 1)
+    highest = logits.amax(dim=1, keepdim=True)
+    probs = logits.sub_(highest).exp_()
+    total = probs.sum(dim=1, keepdim=True)
+    losses = total.log() + highest - target_logits
+    probs.mul_(1 / total)
+    gradient = probs.scatter_add_(1, targets, -torch.ones_like(total))
+    return losses[:, 0], gradient.to(dtype)
+
+
+@torch.library.custom_op("gpt124m::softmax_loss_", mutates_args={"logits"})
+def softmax_loss_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """softmax_loss in one kernel: returns the losses, and the gradient stands in logits.
+
+    An operator of its own, so that torch.compile takes it as it is.
+    """
+    from lib.softmax_kernel import softmax_loss_kernel
+
+    rows, V = logits.shape
+    losses = logits.new_empty(rows, dtype=torch.float32)
+    softmax_loss_kernel[(rows,)](logits, targets, losses, V, BLOCK=8192, num_warps=16)
+    return losses
+
+
+@softmax_loss_.register_fake
+def _(logits, targets):
+    return logits.new_empty(logits.size(0), dtype=torch.float32)
 
 
 @torch.library.custom_op("gpt124m::add_product", mutates_args={"total"})

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from lib.cli import UserError, discard_output
+from lib.cli import UserError, count, discard_output
 from lib.device import choose_device, device_name
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -77,6 +77,10 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
+
+    def min(self, number: float) -> float:
+        """The smallest of the ranks' numbers."""
+        return -self.max(-number).item()
 
     def stopping(self) -> torch.Tensor:
         """The signal that asks any rank to stop, as a tensor on the device; 0: none.
@@ -143,7 +147,9 @@ class Ranks:
 
     def hardware(self) -> str:
         """8 x NVIDIA A100-SXM4-80GB, or 1 x CPU with 2 threads"""
-        threads = f" with {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        threads = ""
+        if self.device.type == "cpu":
+            threads = f" with {count(torch.get_num_threads(), 'thread')}"
         return f"{self.world_size} x {device_name(self.device)}{threads}"
 
 

@@ -135,34 +135,33 @@ def write_shards(
 ) -> list[np.ndarray]:
     """Shards of random tokens: streams is {"val": [lengths], "train": [lengths]}. Returns them in
     order."""
+    from lib.shards import Manifest, ShardEntry, write_manifest
+
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    random, shards, entries = np.random.default_rng(seed), [], []
+    random = np.random.default_rng(seed)
+    shards = []
+    entries = []
     for split, lengths in streams.items():
         for length in lengths:
             shards.append(random.integers(0, n_vocab, length, dtype=np.uint16))
             name = f"edufineweb_{split}_{len(entries):06d}.npy"
             np.save(directory / name, shards[-1])
-            entries.append(
-                {"file": name, "tokens": length, "documents": 1, "sha256": f"{seed}-{name}"}
-            )
+            entries.append(ShardEntry(name, length, documents=1, sha256=f"{seed}-{name}"))
     if manifest:
-        settings = {
-            "dataset": "random",
-            "name": None,
-            "revision": None,
-            "split": "train",
-            "text_field": "text",
-        }
-        settings |= {
-            "tokenizer": "bytes",
-            "vocab_size": n_vocab,
-            "shard_size": 1,
-            "shards": entries,
-        }
-        (directory / "manifest.json").write_text(
-            json.dumps(settings | {"position": None, "complete": True})
+        written = Manifest(
+            dataset="random",
+            name=None,
+            revision=None,
+            split="train",
+            text_field="text",
+            tokenizer="bytes",
+            vocab_size=n_vocab,
+            shard_size=1,
+            shards=entries,
+            complete=True,
         )
+        write_manifest(directory, written)
     return shards
 
 

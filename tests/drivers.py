@@ -60,14 +60,22 @@ def stop_after(argument):
     before_each_step(stop)
 
 
-def drift(argument):
-    def change_a_weight(step):
+def change_a_weight(argument, by):
+    def change(step):
         if step == int(argument) and rank == last_rank:
             with torch.no_grad():
-                runs[0].raw_model.transformer.ln_f.bias[0] += 1e-6
+                runs[0].raw_model.transformer.ln_f.bias[0] += by
 
     once_set_up(lambda run: None)
-    before_each_step(change_a_weight)
+    before_each_step(change)
+
+
+def drift(argument):
+    change_a_weight(argument, 1e-6)
+
+
+def inf_weight(argument):
+    change_a_weight(argument, float("inf"))
 
 
 def poison_loss(argument, value, for_ever=False):
@@ -129,13 +137,14 @@ def full_disk(argument):
 
 
 def full_log(argument):
-    """From a step on no file can grow: the log's next line does not fit."""
+    """From a step on the log's disk is full."""
 
-    def limit(step):
+    def fill(step):
         if step == int(argument):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+            runs[0].log.file = open("/dev/full", "a")
 
-    before_each_step(limit)
+    once_set_up(lambda run: None)
+    before_each_step(fill)
 
 
 def slow_save(argument):
@@ -209,7 +218,8 @@ def gradients(argument):
 FAULTS = {
     fault.__name__: fault
     for fault in (
-        stop_after, drift, nan_loss, inf_loss, nan_for_ever, nan_gradient, full_disk, full_log,
+        stop_after, drift, inf_weight, nan_loss, inf_loss, nan_for_ever, nan_gradient, full_disk,
+        full_log,
         slow_save, killed_after_save, sees_no_checkpoint, high_scale, gradients,
     )
 }  # fmt: skip

@@ -9,6 +9,7 @@ import lzma
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -501,7 +502,7 @@ WRONG = {  # what is wrong -> (files of org/NAME, flags, what is said)
         "org/NAME can't be found on the Hub: RevisionNotFo",
     ),
     "a loading script": (
-        {"x.py": b"import os", "data/a.jsonl": b"{}", "LICENSE": b""},
+        {"a_loading_script.py": b"import os", "data/a.jsonl": b"{}", "LICENSE": b""},
         [],
         "org/NAME is made by a loading script, a program, which is not run. Its files: data/a.jsonl"
         "\nHINT: `hf download org/NAME --repo-type dataset --local-dir FOLDER`",
@@ -634,6 +635,7 @@ def test_ready_made_tokens_are_downloaded_trained_on_and_resumed(tmp_path):
         "finewebedu_val_000000.bin",
         "finewebedu_train_000001.bin",
         "finewebedu_train_000002.bin",
+        "finewebedu_train_000003.bin",  # which the command leaves out
     ]
     files = {name: bin_shard(random_.integers(0, 50257, 700)) for name in names}
     (line,) = [
@@ -641,7 +643,7 @@ def test_ready_made_tokens_are_downloaded_trained_on_and_resumed(tmp_path):
         for line in (ROOT / "README.md").read_text().splitlines()
         if line.startswith("hf download ")
     ]
-    words = line.split()
+    words = shlex.split(line)
     data_dir = tmp_path / words[words.index("--local-dir") + 1]
     with Hub({f"datasets/{words[2]}": files}) as hub:
         environment = os.environ | {
@@ -1222,7 +1224,7 @@ def test_what_is_no_text_is_left_out_and_counted(tmp_path, capsys):
     good = [text for n, text in enumerate(documents) if n not in bad]
     assert_shards(tmp_path / "data", plain_shards(good, "bytes", 9000), skipped=5)
     printed = capsys.readouterr().out
-    assert "left out: 5 documents that are no texts; the first here:\n" in printed
+    assert "left out, as no texts: 5 documents; the first here:\n" in printed
     assert [line.strip() for line in printed.splitlines() if "    " in line] == [
         said,
         f"{tmp_path}/a.jsonl line 300: text is null, not a text",
