@@ -428,7 +428,7 @@ def what_fits(shape: StepShape, share: int, free: float) -> str:
     """What needs less memory and fits: --recompute, else the largest smaller preset."""
     recomputed = dataclasses.replace(shape, recompute=True)
     if batch_size := fitting_batch_size(recomputed, share, free):
-        return f"with --recompute {count(batch_size, 'sequence')} would fit; the result is the same"
+        return f"--recompute needs far less, {count(batch_size, 'sequence')} would fit"
     for preset in ("gpt2-large", "gpt2-medium", "gpt2"):
         flags = {name: PRESETS[preset][name] for name in MODEL_FLAGS if name in PRESETS[preset]}
         model = GPTConfig(shape.model.block_size, shape.model.vocab_size, **flags)

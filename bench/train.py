@@ -12,7 +12,6 @@ because other work on the machine only adds. bench/gpu.py measures a GPU.
 
 import argparse
 import json
-import os
 import platform
 import resource
 import statistics

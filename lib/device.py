@@ -151,7 +151,7 @@ def step_memory(shape: StepShape, batch_size: int) -> float:
     head = logits + 12 * C * n
     a_block = (37 if shape.half else 65) * C * n  # what a block keeps for its backward pass
     if shape.recompute:  # only the inputs of the blocks; one of them at a time is computed again
-        kept = 4 * C * n * L + max(head, 1.25 * a_block)
+        kept = 4 * C * n * L + max(head, 1.4 * a_block)
     else:
         kept = a_block * L + head
     return 1.03 * (state + copies + table) + kept  # the allocator rounds sizes up

@@ -58,6 +58,12 @@ def test_the_arrows_go_one_way(name):
 def test_ranks_talk_to_each_other_in_one_file():
     for name, path in FILES.items():
         found = re.search(
-            r"\bdist\.|torch\.distributed|all_reduce|all_gather|barrier\(", path.read_text()
+            r"\bdist\.|torch\.distributed|all_reduce|all_gather|\bbarrier\(", path.read_text()
         )
         assert name == "lib.ranks" or not found, (name, found)
+
+
+def test_users_keep_the_newer_versions_that_they_have():
+    """An upper bound would have pip replace a cloud image's torch by an older one."""
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        assert line.startswith("#") or re.fullmatch(r"[a-z_]+>=[0-9.]+", line), line
