@@ -23,7 +23,6 @@ from lib.checkpoint import (
     BEST,
     checkpoint_paths,
     link,
-    link_best,
     load_checkpoint,
     load_model,
     newest_checkpoint,
@@ -112,10 +111,6 @@ def test_the_best_stays_beside_the_last_two(tmp_path):
             link(path, BEST)
         remove_older(tmp_path, step, 0)
     assert sorted(checkpoint_paths(tmp_path)) == [2, 5, 6]
-    link_best(tmp_path, [(2, 3.0), (5, 2.5), (6, 2.7)])
-    assert os.readlink(tmp_path / BEST) == "model_00005.pt"
-    link_best(tmp_path, [(4, 2.0), (5, 2.5)])  # 4 is not there
-    assert os.readlink(tmp_path / BEST) == "model_00005.pt"
 
 
 def test_a_full_device_is_a_save_error_and_another_error_is_not(tmp_path, monkeypatch):
