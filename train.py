@@ -360,8 +360,6 @@ def set_up(config: TrainConfig, ranks: Ranks, data: Data) -> tuple[Run, int]:
     """The run and its first step: the state to go on from, model and optimizer, log."""
     start = find_start(config, ranks, data)
     raw_model = start.model
-    block_size = raw_model.config.block_size
-    questions = hellaswag.share_out(data.examples, data.tokenizer, block_size, ranks)
     compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
 
     prepare_device(ranks.device)
@@ -370,6 +368,10 @@ def set_up(config: TrainConfig, ranks: Ranks, data: Data) -> tuple[Run, int]:
         half = start.precision != "float32"
         shape = StepShape(raw_model.config, config.seq_len, half, compiled, config.recompute)
         choose_batch_size(ranks, data, shape)
+    batch_tokens = 4 * data.train.B * config.seq_len  # fits, as no gradients are kept
+    questions = hellaswag.share_out(
+        data.examples, data.tokenizer, raw_model.config.block_size, ranks, batch_tokens
+    )
     raw_model.to(ranks.device).train()
     raw_model.loss = linear_cross_entropy
     if config.recompute:

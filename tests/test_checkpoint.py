@@ -2,6 +2,7 @@
 to run code."""
 
 import dataclasses
+import errno
 import io
 import os
 import pickle
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 import torch
@@ -168,6 +170,19 @@ def test_the_newest_good_one_is_found(tmp_path):
     with pytest.raises(UserError, match="no checkpoint in .* is good") as error:
         newest_checkpoint(tmp_path)
     assert "model_00001.pt" in str(error.value) and "model_00002.pt" in str(error.value)
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over(tmp_path, monkeypatch):
+    """An older one would be gone on from, and the steps of the newest would be lost."""
+    for step in (1, 2):
+        save_checkpoint(tmp_path, content(step))
+
+    def failing_disk(path, *arguments):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(zipfile, "ZipFile", failing_disk)
+    with pytest.raises(UserError, match="model_00002.pt can't be read: Input/output error"):
+        newest_checkpoint(tmp_path)
 
 
 def test_every_script_refuses_a_damaged_file(tmp_path, capsys):

@@ -348,3 +348,12 @@ print(first, own() - before)
     )
     seconds, megabytes = map(float, done.stdout.split())
     assert megabytes < 64 and seconds < 1
+
+
+def test_train_and_val_are_words_of_a_shards_name(tmp_path):
+    """medieval_train.npy holds no validation, constraint_val.npy nothing to learn from."""
+    for name, tokens in (("medieval_train_0.npy", 500), ("constraint_val_0.npy", 300)):
+        np.save(tmp_path / name, np.zeros(tokens, dtype=np.uint16))
+    np.save(tmp_path / "medieval_train_1.npy", np.zeros(0, dtype=np.uint16))  # nothing in it
+    assert TokenLoader(tmp_path, "train", 8, 1, 8).tokens == 500
+    assert TokenLoader(tmp_path, "val", 8, 1, 8).tokens == 300
