@@ -1,5 +1,6 @@
 """Going on: after kills, signals, other ranks and machines, against the uninterrupted run."""
 
+import math
 import os
 import random
 import re
@@ -38,6 +39,7 @@ from conftest import (
 import metrics
 import train
 from lib.checkpoint import load_checkpoint
+from lib.ranks import Ranks
 from train import TrainConfig, get_lr
 
 
