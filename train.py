@@ -103,7 +103,7 @@ class TrainConfig:
     # the machine
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: the fastest here
-    recompute: bool = False  # compute activations twice, keep few: less memory, 4/3 of the time
+    recompute: bool = False  # compute activations twice, keep few: less memory, more time
     compile: bool | None = None  # torch.compile the model (default: on CUDA)
     timeout: PositiveInt = 600  # seconds that ranks wait for each other
     shuffle: bool = False  # read the sequences in a new order in each epoch (default: as they come)

@@ -1,4 +1,4 @@
-"""The loss of training in a third of the memory: the head and its cross-entropy, slice by slice.
+"""The loss of training, slice by slice, so that the logits are never all in memory.
 
     model.loss = linear_cross_entropy      # the same number and gradients as the model's own loss
 
