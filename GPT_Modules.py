@@ -99,7 +99,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.loss = cross_entropy  # train.py puts one here that needs less memory
+        self.loss = cross_entropy  # train.py puts lib/loss.py's here: the same, in less memory
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -164,7 +164,7 @@ class GPT(nn.Module):
             else:  # the window slides, so each token changes its position: nothing can be re-used
                 x = self.hidden(idx[:, -self.config.block_size :])
             logits = self.lm_head(x[:, -1]).float()[:, :n_vocab]  # (B, V)
-            if top_k is not None:
+            if top_k:
                 least = logits.topk(min(top_k, logits.size(1))).values[:, -1:]
                 logits = logits.masked_fill(logits < least, -math.inf)
             if temperature < 1e-6:
@@ -186,6 +186,7 @@ class GPT(nn.Module):
         """AdamW as GPT-3's (Brown et al. 2020, appendix B): biases and LayerNorms don't decay."""
         parameters = list(self.parameters())
         groups = [
+            # matrices and tables
             {"params": [p for p in parameters if p.dim() == 2], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]

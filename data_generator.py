@@ -61,6 +61,7 @@ from lib.tokenizer import Tokenizer, get_tokenizer
 FINEWEB_EDU_10B_TOKENS = 9_950_000_000  # of sample-10BT, about
 BATCH = 256  # documents that go to a worker at a time, or fewer that have
 BATCH_CHARACTERS = 2**23  # together
+SHOWN = 3  # documents that are left out, of which the place is said
 PAUSES = (10, 60, 300)  # seconds before each new try after a network fault
 FIRST_PAUSES = (1, 2)  # the same, before anything is found
 
@@ -196,7 +197,8 @@ def describe_source(config: DataConfig, manifest: Manifest | None) -> str | None
 def batches_of(found, position: Position, skip_bad: bool, left_out: list[NotText]):
     """Yield (texts, position after them), a batch at a time, of (document, place after it).
 
-    What is not a text raises UserError, or with skip_bad joins `left_out`.
+    What is not a text raises UserError, or with skip_bad is counted, and the first ones join
+    `left_out`.
     """
     texts = []
     characters = 0
@@ -208,8 +210,9 @@ def batches_of(found, position: Position, skip_bad: bool, left_out: list[NotText
                 raise UserError(
                     f"{document}\nHINT: --skip_bad leaves such documents out and counts them"
                 )
-            left_out.append(document)
             skipped += 1
+            if len(left_out) < SHOWN:
+                left_out.append(document)
         else:
             texts.append(document)
             characters += len(document)
@@ -392,9 +395,9 @@ def check_space(config: DataConfig, written: int) -> None:
 
 
 def generate(config: DataConfig, manifest: Manifest, tokenizer: Tokenizer) -> list[NotText]:
-    """Write the shards that the manifest does not have yet; returns the documents that were left
-    out. Raises UserError as ShardWriter does, and for a source that fills no more than the
-    validation shard."""
+    """Write the shards that the manifest does not have yet; returns the first of the documents that
+    were left out. Raises UserError as ShardWriter does, and for a source that fills no more than
+    the validation shard."""
     writer = ShardWriter(config.data_dir, manifest, tokenizer.eot_token)
     position = manifest.position or Position()
     place = Place(position.file, position.document)
@@ -432,7 +435,7 @@ def generate(config: DataConfig, manifest: Manifest, tokenizer: Tokenizer) -> li
         if writer.tokens == 0:
             raise UserError(
                 f"{config.dataset} has no documents"
-                + (f" but {count(len(left_out), 'document')} left out" if left_out else "")
+                + (f" but {count(position.skipped, 'document')} left out" if left_out else "")
             )
         raise UserError(
             f"{config.dataset} has {writer.tokens:,} tokens, which all fit into shard 0, the"
@@ -495,7 +498,7 @@ def write_data_set(config: DataConfig) -> Manifest:
             ) from None
     if left_out:
         print(f"left out, as no texts: {count(manifest.skipped, 'document')}; the first here:")
-        for document in left_out[:3]:
+        for document in left_out:
             print(f"    {document}")
     return manifest
 

@@ -252,8 +252,8 @@ def model_card(name: str, model: GPT, opened: Opened) -> str:
 
 
 def log_directory(opened: Opened) -> Path | None:
-    """Where the log of a model's run lies: beside its checkpoint."""
-    return opened.path.resolve().parent if opened.path else None
+    """Where the log of a model's run lies: beside its checkpoint. None for a model of elsewhere."""
+    return opened.path.resolve().parent if "train_config" in opened.checkpoint else None
 
 
 # ---- the folder ----

@@ -269,10 +269,16 @@ def count_right(questions: Questions, losses: np.ndarray) -> tuple[int, int]:
     return int(right.sum()), int(right_norm.sum())
 
 
-def share_out(examples: list[dict], tokenizer: Tokenizer, block_size: int, ranks) -> Questions:
-    """This rank's share of the examples, ready to be scored in training."""
+def share_out(
+    examples: list[dict], tokenizer: Tokenizer, block_size: int, ranks, most_tokens: int
+) -> Questions:
+    """This rank's share of the examples, ready to be scored in training.
+
+    most_tokens: in a batch, where memory is short.
+    """
     mine = examples[ranks.rank :: ranks.world_size]
-    return prepare(mine, tokenizer, "completion", block_size, tokens_in_a_batch(ranks.device))
+    batch_tokens = min(most_tokens, tokens_in_a_batch(ranks.device))
+    return prepare(mine, tokenizer, "completion", block_size, batch_tokens)
 
 
 def score(model: GPT, questions: Questions, n: int, ranks, autocast) -> float:

@@ -9,6 +9,7 @@ A line of log.txt is `step stream value`: `250 val 3.9518`.
 
 import collections
 import dataclasses
+import io
 import json
 import math
 import os
@@ -60,7 +61,8 @@ class MetricsConfig:
 
 
 class Log:
-    """LOG_DIR/log.txt, continued from a step: what was measured there or later is measured again.
+    """LOG_DIR/log.txt. Where a run goes on from first_step, the lines of that step and later ones
+    are dropped, because it measures them again.
 
     log_dir None writes nothing: for the ranks that don't keep the log.
     """
@@ -204,6 +206,8 @@ def peak_flops(device_name: str) -> float | None:
     """Peak bf16 FLOP/s of a GPU by the name that CUDA gives it; None if it is not in the table."""
     words = set(re.split(r"[\s-]+", device_name))
     known = [name for name in PEAK_TFLOPS if set(name.split()) <= words]
+    variants = {"Ti", "D", "Laptop", "MIG", "SUPER", "NVL"}  # other rates than the name alone has
+    known = [name for name in known if words & variants <= set(name.split())]
     return PEAK_TFLOPS[max(known, key=len)] * 1e12 if known else None
 
 
@@ -328,12 +332,14 @@ def plot(log_dir, curve: Curve | None = None) -> Path:
         if run:
             add_tokens(axis, run.tokens_per_step)
     if run:
-        *_, parent, name = "", *Path(log_dir).resolve().parts
-        parameters = f"{run.parameters / 1e6:,.1f}M parameters"
-        figure.suptitle(f"{parent}/{name}: {parameters}, {run.hardware}")
+        directory = Path(log_dir).resolve()
+        name = f"{directory.parent.name}/{directory.name}"
+        figure.suptitle(f"{name}: {run.parameters / 1e6:,.1f}M parameters, {run.hardware}")
     path = Path(log_dir) / "curve.png"
+    picture = io.BytesIO()  # first, so that the file is written in a moment: a viewer may write too
+    figure.savefig(picture, format="png", dpi=120)
     with whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+        file.write(picture.getvalue())
     return path
 
 
@@ -458,7 +464,7 @@ def replay(config: MetricsConfig) -> None:
     except Exception as error:  # of wandb's own kinds: no key, no network
         raise UserError(f"--tracker {config.tracker}: {first_line(error)}") from None
     try:
-        sent = 0  # steps below it are there
+        sent = 0  # the tracker has the steps below it
         ended = False
         while not ended:
             steps = {}

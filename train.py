@@ -1,4 +1,4 @@
-"""Train GPT-2: the run.
+"""Train GPT-2.
 
     python data_generator.py --preset demo && python train.py --preset demo     on a CPU, minutes
     torchrun --standalone --nproc_per_node=8 train.py                           124M on 8 GPUs
@@ -34,8 +34,8 @@ from GPT_Modules import GPT, GPTConfig
 from lib.checkpoint import (
     BEST,
     NEWEST,
+    checkpoint_paths,
     link,
-    link_best,
     newest_checkpoint,
     open_model,
     remove_older,
@@ -72,7 +72,7 @@ class TrainConfig:
     n_layer: PositiveInt | None = None  # transformer blocks (default: 12, or --init_from's)
     n_head: PositiveInt | None = None  # attention heads per block (default: 12, or --init_from's)
     n_embd: PositiveInt | None = None  # channels (default: 768, or --init_from's)
-    vocab_size: PositiveInt | None = None  # rows of the token table (default: tokens, up to 64 n)
+    vocab_size: PositiveInt | None = None  # rows of the token table (default: tokens, in 64s)
     block_size: PositiveInt | None = None  # tokens of context (default: seq_len, or --init_from's)
     # directories
     data_dir: str = DATA_DIR  # shards to learn from
@@ -84,7 +84,7 @@ class TrainConfig:
     # the schedule
     max_steps: PositiveInt = 19_073  # updates: 10 billion tokens in steps of 2^19
     warmup_steps: int = 715  # updates of linear warm-up: 375 million tokens, as GPT-3's
-    schedule: Literal["cosine", "linear"] = "cosine"  # down from the warm-up on, or at the end
+    schedule: Literal["cosine", "linear"] = "cosine"  # linear: constant first, then down
     decay_steps: PositiveInt | None = None  # updates of linear's decay (default: half of max_steps)
     max_lr: PositiveFloat = 6e-4  # learning rate after the warm-up: GPT-3 124M's
     min_lr: float = 6e-5  # learning rate at the end
@@ -103,7 +103,7 @@ class TrainConfig:
     # the machine
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: the fastest here
-    recompute: bool = False  # compute activations twice, keep few: less memory, 4/3 of the time
+    recompute: bool = False  # compute activations twice, keep few: less memory, more time
     compile: bool | None = None  # torch.compile the model (default: on CUDA)
     timeout: PositiveInt = 600  # seconds that ranks wait for each other
     shuffle: bool = False  # read the sequences in a new order in each epoch (default: as they come)
@@ -128,8 +128,8 @@ PRESETS = {  # gpt2 to gpt2-xl: learning rates of table 2.1 of Brown et al. 2020
     },
 }  # fmt: skip
 
-# What a continued run may change: no step's tokens change by it. max_steps may only grow; the
-# schedule follows it.
+# Settings that a continued run may change, because the steps that are left compute the same without
+# regard to them. max_steps may only grow; the schedule follows it.
 MAY_CHANGE = {
     "preset", "data_dir", "log_dir", "batch_size", "max_steps", "val_every", "val_tokens",
     "hellaswag_every", "hellaswag_data", "sample_every", "save_every", "keep_every", "keep_best",
@@ -142,23 +142,23 @@ SKIPS_IN_A_ROW = 10  # updates that may be skipped for NaN or Inf before the run
 def get_lr(step: int, config: TrainConfig) -> float:
     """Learning rate of the update after `step` updates.
 
-    A linear warm-up to max_lr; then by a cosine to min_lr at max_steps, or (linear) constant, and
-    straight down to it over the last decay_steps.
+    First a straight line up to max_lr. Then cosine: along half a cosine down to min_lr at
+    max_steps. Or linear: constant, and straight down to min_lr over the last decay_steps.
     """
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps
     if config.schedule == "linear":
-        decay_steps = config.decay_steps or max(1, config.max_steps // 2)
-        left = (config.max_steps - step) / decay_steps
-        share = min(1, max(0, left))  # of the way from min_lr to max_lr
+        after_warmup = max(1, config.max_steps - config.warmup_steps)
+        decay_steps = config.decay_steps or min(max(1, config.max_steps // 2), after_warmup)
+        height = min(1, max(0, config.max_steps - step) / decay_steps)  # 1: max_lr, 0: min_lr
     else:
         progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-        share = 0.5 * (1 + math.cos(math.pi * min(1, progress)))
-    return config.min_lr + share * (config.max_lr - config.min_lr)
+        height = 0.5 * (1 + math.cos(math.pi * min(1, progress)))
+    return config.min_lr + height * (config.max_lr - config.min_lr)
 
 
 def due(step: int, every: int, max_steps: int) -> bool:
-    """Is something due at this step that happens every so many steps, and at the end? 0: never."""
+    """Whether something that happens every so many steps, and at the end, happens now; 0: never."""
     return every > 0 and (step % every == 0 or step == max_steps)
 
 
@@ -172,6 +172,11 @@ def check_config(config: TrainConfig) -> None:
     if config.decay_steps and config.schedule == "cosine":
         raise UserError(
             f"--decay_steps {config.decay_steps} belongs to --schedule linear; the cosine has none"
+        )
+    if config.decay_steps and config.decay_steps + config.warmup_steps > config.max_steps:
+        raise UserError(
+            f"--decay_steps {config.decay_steps} and --warmup_steps {config.warmup_steps} are "
+            f"together more than --max_steps {config.max_steps}"
         )
     if config.val_every and config.val_tokens < config.total_batch_size:
         raise UserError(
@@ -214,8 +219,8 @@ class Run:
     ranks: Ranks
     data: Data
     questions: hellaswag.Questions  # this rank's share of the examples
-    raw_model: GPT  # the weights: evaluated on HellaSwag, sampled, saved; takes all shapes
-    model: torch.nn.Module  # the same weights, perhaps compiled and under DDP: learns; one shape
+    raw_model: GPT  # not compiled, so it takes batches of any shape: HellaSwag, samples, saving
+    model: torch.nn.Module  # the same weights, compiled and in DDP: learns from batches (B, T)
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     autocast: torch.autocast
@@ -240,7 +245,7 @@ def open_data(config: TrainConfig, ranks: Ranks) -> Data:
     return Data(train, val, val_steps, get_tokenizer(train.tokenizer), examples)
 
 
-def first_model(config: TrainConfig, data: Data) -> GPT:
+def first_model(config: TrainConfig, ranks: Ranks, data: Data) -> GPT:
     """The model before its first update, on the CPU: new weights, or those of --init_from."""
     n_vocab = data.tokenizer.n_vocab
     given = {name: getattr(config, name) for name in MODEL_FLAGS}
@@ -254,6 +259,11 @@ def first_model(config: TrainConfig, data: Data) -> GPT:
             raise UserError(f"--{error}") from None
     else:
         opened = open_model(config.init_from, data.train.tokenizer)
+        if not opened.brings_tokenizer:
+            ranks.say(
+                f"{config.init_from} brings no tokenizer: its tokens are taken for those of "
+                f"{config.data_dir} ({data.tokenizer.name})"
+            )
         model = opened.model
         for name, value in given.items():
             has = getattr(model.config, name)
@@ -262,12 +272,6 @@ def first_model(config: TrainConfig, data: Data) -> GPT:
                     f"--{name} {value} contradicts --init_from {config.init_from}, which has "
                     f"{has}: leave the flag out"
                 )
-        if opened.tokenizer.identity != data.tokenizer.identity:
-            raise UserError(
-                f"--init_from {config.init_from} reads {opened.tokenizer.name} tokens "
-                f"({opened.tokenizer.identity}), {config.data_dir} has {data.tokenizer.name} "
-                f"({data.tokenizer.identity})"
-            )
     if config.seq_len > model.config.block_size:
         raise UserError(
             f"--seq_len {config.seq_len} is more than the model's block_size "
@@ -322,16 +326,14 @@ def find_start(config: TrainConfig, ranks: Ranks, data: Data) -> Start:
     fastest = choose_precision(ranks.device, config.dtype)
     newest = newest_checkpoint(config.log_dir)
     if newest is None:
-        return Start(0, first_model(config, data), config.init_from, fastest)
+        return Start(0, first_model(config, ranks, data), config.init_from, fastest)
     checkpoint = newest.checkpoint
     path = newest.path
     check_same_run(config, data.train.identity(), checkpoint, path)
     for reason in newest.damaged:
         ranks.say(f"WARNING: {reason}: passed over")
-    if ranks.main:  # a process that was killed may not have set its links
-        link(path, NEWEST)
-        if config.keep_best:
-            link_best(config.log_dir, metrics.read_log(config.log_dir).get("val", []))
+    if ranks.main:
+        link(path, NEWEST)  # a process that was killed may not have done it
     ranks.say(f"going on from {path}, after {count(checkpoint['step'], 'step')}")
     if checkpoint["precision"] != fastest:
         ranks.say(
@@ -358,8 +360,6 @@ def set_up(config: TrainConfig, ranks: Ranks, data: Data) -> tuple[Run, int]:
     """The run and its first step: the state to go on from, model and optimizer, log."""
     start = find_start(config, ranks, data)
     raw_model = start.model
-    block_size = raw_model.config.block_size
-    questions = hellaswag.share_out(data.examples, data.tokenizer, block_size, ranks)
     compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
 
     prepare_device(ranks.device)
@@ -368,6 +368,10 @@ def set_up(config: TrainConfig, ranks: Ranks, data: Data) -> tuple[Run, int]:
         half = start.precision != "float32"
         shape = StepShape(raw_model.config, config.seq_len, half, compiled, config.recompute)
         choose_batch_size(ranks, data, shape)
+    batch_tokens = 4 * data.train.B * config.seq_len  # fits, as no gradients are kept
+    questions = hellaswag.share_out(
+        data.examples, data.tokenizer, raw_model.config.block_size, ranks, batch_tokens
+    )
     raw_model.to(ranks.device).train()
     raw_model.loss = linear_cross_entropy
     if config.recompute:
@@ -394,7 +398,7 @@ def set_up(config: TrainConfig, ranks: Ranks, data: Data) -> tuple[Run, int]:
     facts = metrics.describe(vars(config), ranks, raw_model, identity, start.precision, compiled)
     announce(config, ranks, data, facts, start.source)
     log = metrics.Log(config.log_dir if ranks.main else None, start.step)
-    if ranks.main:
+    if ranks.main and start.step < config.max_steps:  # else it stays the machine's that trained it
         metrics.write_run(config.log_dir, facts)
     run = Run(
         config, ranks, data, questions, raw_model, model, optimizer, scaler, autocast,
@@ -501,7 +505,7 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     """
     config = run.config
     ranks = run.ranks
-    start = time.time()
+    start = time.perf_counter()
     measured = {}
     if due(step, config.val_every, config.max_steps):
         measured["val"] = validation_loss(run)
@@ -521,9 +525,12 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
         )
     if due(step, config.sample_every, config.max_steps) and ranks.main:
         ranks.say(show_samples(run.raw_model, run.data.tokenizer, run.autocast))
-    run.log.write(step, **measured, eval_s=time.time() - start)
+    run.log.write(step, **measured, eval_s=time.perf_counter() - start)
     if "val" in measured and ranks.main:
-        metrics.plot(config.log_dir, run.log.curve)
+        try:
+            metrics.plot(config.log_dir, run.log.curve)
+        except OSError as error:
+            ranks.say(f"WARNING: the curve is not drawn: {error}")
     return measured
 
 
@@ -548,15 +555,27 @@ def validation_loss(run: Run) -> float:
 
 
 def is_best(run: Run, measured: dict[str, float]) -> bool:
-    """With --keep_best: is this validation the lowest in log.txt? The main rank, which has the log,
-    says it to the others."""
-    if not run.config.keep_best or "val" not in measured:
+    """With --keep_best: whether this validation is the lowest in log.txt, on every rank alike."""
+    if not run.config.keep_best or not math.isfinite(measured.get("val", math.nan)):
         return False
-    losses = [loss for _, loss in run.log.curve.val]
-    return bool(run.ranks.max(run.ranks.main and losses[-1] < min(losses[:-1], default=math.inf)))
+    lowest = False
+    if run.ranks.main:  # which has the log
+        losses = [loss for _, loss in run.log.curve.val]  # the last one is this
+        lowest = losses[-1] < min(losses[:-1], default=math.inf)
+    return bool(run.ranks.max(lowest))
 
 
-def save(run: Run, step: int, best: bool, last: bool) -> None:
+def keep_best(run: Run, step: int) -> None:
+    """Link model_best.pt to the checkpoint of this step, unless the disk had no room for it."""
+
+    def link_it():
+        if path := checkpoint_paths(run.config.log_dir).get(step):
+            link(path, BEST)
+
+    run.ranks.on_main(link_it)
+
+
+def save(run: Run, step: int, last: bool) -> None:
     """Save the state after `step` updates, by the main rank; the others wait.
 
     A disk that does not take it costs this save and not the run, but for the last one. Raises
@@ -576,15 +595,16 @@ def save(run: Run, step: int, best: bool, last: bool) -> None:
     }
 
     def write():
-        start = time.time()
+        start = time.perf_counter()
         run.log.sync()
         path = save_checkpoint(config.log_dir, state)
-        if best:
-            link(path, BEST)
-        seconds = time.time() - start
-        run.log.write(step, save_s=seconds)
+        seconds = time.perf_counter() - start
         run.ranks.say(f"saved {path} in {seconds:.1f} s")
-        remove_older(config.log_dir, step, config.keep_every)
+        try:
+            remove_older(config.log_dir, step, config.keep_every)
+        except OSError as error:
+            run.ranks.say(f"WARNING: an older checkpoint could not be removed: {error}")
+        run.log.write(step, save_s=seconds)
 
     try:
         run.ranks.on_main(write)
@@ -616,7 +636,8 @@ def train(run: Run, first_step: int) -> int:
     skips = 0  # updates skipped in a row
     printed = 0.0  # when the last line was
 
-    # step counts the updates made; after the last one there is one more turn, to evaluate and save
+    # step counts the updates made; after the last one there is one more turn, to evaluate and save.
+    # The state of first_step is on the disk already, or it is a new run's
     for step in range(first_step, config.max_steps + 1):
         measured = {}
         if not stop and evaluation_due(step, config):
@@ -626,14 +647,16 @@ def train(run: Run, first_step: int) -> int:
         best = is_best(run, measured)
         if step > first_step and (last or best or due(step, config.save_every, config.max_steps)):
             ranks.check_same(raw_model, step)
-            save(run, step, best, last)
+            save(run, step, last)
+        if best:
+            keep_best(run, step)
         if last:
             break
 
-        start = time.time()
+        start = time.perf_counter()
         lr = get_lr(step, config)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_factor", 1.0)
+            group["lr"] = lr * group.get("lr_factor", 1.0)  # Muon's token table learns faster
         loss_sum = torch.zeros((), device=ranks.device)
         for micro_step, (x, y) in enumerate(data.train.batches(step)):
             x = x.to(ranks.device, non_blocking=True)  # (B, T)
@@ -658,7 +681,10 @@ def train(run: Run, first_step: int) -> int:
             # a loss scale above 1, which only float16 has, overflows now and then: that lowers it
             if scaler.get_scale() <= 1:
                 skips += 1
-            log_skip(run, step, loss, norm)
+            run.log.write(step, skipped=1)
+            ranks.say(
+                f"step {step:5d} | loss {loss} norm {norm}: not finite, the update is skipped"
+            )
         scaler.update()
         optimizer.zero_grad()
         if skips == SKIPS_IN_A_ROW:
@@ -668,18 +694,14 @@ def train(run: Run, first_step: int) -> int:
                 "--log_dir, a lower --max_lr or --dtype float32",
                 code=1,
             )
-        run.log.write(step, train=loss, lr=lr, norm=norm, **speed.measure(time.time() - start))
+        timings = speed.measure(time.perf_counter() - start)
+        run.log.write(step, train=loss, lr=lr, norm=norm, **timings)
         # a line a second is enough to read
-        if time.time() - printed > 1 or step + 1 == config.max_steps:
-            printed = time.time()
+        if time.perf_counter() - printed > 1 or step + 1 == config.max_steps:
+            printed = time.perf_counter()
             rate = speed.line(config.max_steps - step - 1)
             ranks.say(f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {rate}")
     return report_end(run, first_step, step, int(stop))
-
-
-def log_skip(run: Run, step: int, loss: float, norm: float) -> None:
-    run.log.write(step, skipped=1)
-    run.ranks.say(f"step {step:5d} | loss {loss} norm {norm}: not finite, the update is skipped")
 
 
 def report_end(run: Run, first_step: int, step: int, stop: int) -> int:

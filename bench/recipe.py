@@ -15,6 +15,7 @@ Each has its own learning rate, the best of a grid that goes on until the best l
 three other seeds at that rate; then the best recipe in fewer steps, each run with its own decay.
 """
 
+import argparse
 import hashlib
 import itertools
 import json
@@ -222,7 +223,9 @@ class Experiment:
 
 
 def main() -> None:
-    directory = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path, help="for the data and the runs; made if need be")
+    directory = parser.parse_args().directory
     if not directory.exists():
         write_data(directory)
     experiment = Experiment(directory)
@@ -251,4 +254,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(one(*sys.argv[2:]) if sys.argv[1] == "one" else main())
+    sys.exit(one(*sys.argv[2:]) if sys.argv[1:2] == ["one"] else main())

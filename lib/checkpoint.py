@@ -1,4 +1,4 @@
-"""Checkpoints: the state of a run as plain data, whole and verified or not there at all.
+"""Checkpoints: the state of a run as plain data, written whole or not at all, verified when read.
 
     checkpoint = load_checkpoint("log/model_checkpoint.pt")      # a dict, verified
     model, tokenizer = load_model("log")                         # or a folder, or gpt2 from the Hub
@@ -8,6 +8,7 @@ LOG_DIR/model_05000.pt is the state after 5000 updates; model_checkpoint.pt poin
 good one.
 """
 
+import errno
 import logging
 import re
 import shutil
@@ -32,7 +33,7 @@ def save_checkpoint(log_dir, state: dict) -> Path:
 
     state: model, optimizer, scaler, config, step, tokenizer, precision, train_config, data.
     Raises OSError if the disk is full or fails, and UserError for weights that are not finite; then
-    nothing has changed on the disk.
+    the earlier checkpoints are as they were.
     """
     if not all(weight.isfinite().all() for weight in state["model"].values()):
         raise UserError(
@@ -67,7 +68,7 @@ def remove_older(log_dir, step: int, keep_every: int) -> None:
     for number in older[:-1]:
         multiple = keep_every and number % keep_every == 0
         if not multiple and paths[number].resolve() != best:
-            paths[number].unlink()
+            paths[number].unlink(missing_ok=True)
 
 
 def link(path: Path, name: str) -> None:
@@ -85,17 +86,6 @@ def link(path: Path, name: str) -> None:
         shutil.copyfileobj(file, copy)
 
 
-def link_best(log_dir, losses: list[tuple[int, float]]) -> None:
-    """Link BEST to the checkpoint of the lowest loss, if there is one of that step.
-
-    losses: (step, validation loss) of log.txt.
-    """
-    if losses:
-        step, _ = min(losses, key=lambda point: point[1])
-        if path := checkpoint_paths(log_dir).get(step):
-            link(path, BEST)
-
-
 def checkpoint_paths(log_dir) -> dict[int, Path]:
     """{step: path} of the checkpoints in a directory, good or not."""
     paths = {}
@@ -103,6 +93,14 @@ def checkpoint_paths(log_dir) -> dict[int, Path]:
         if match := re.fullmatch(r"model_(\d{5,})\.pt", path.name):
             paths[int(match[1])] = path
     return paths
+
+
+class UnreadableCheckpoint(UserError):
+    """A checkpoint that may be good, but can't be read now."""
+
+
+# errors that say nothing about the content of a file
+NOT_ITS_FAULT = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE}
 
 
 def load_checkpoint(path) -> dict:
@@ -130,8 +128,10 @@ def load_checkpoint(path) -> dict:
         raise UserError(
             f"there is no checkpoint or folder {path}; by name from the Hub there are {names}"
         ) from None
-    except PermissionError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from None
+    except OSError as error:
+        if error.errno in NOT_ITS_FAULT:
+            raise UnreadableCheckpoint(f"{path} can't be read: {error.strerror}") from None
+        raise UserError(f"{path} is damaged or not a checkpoint: {first_line(error)}") from None
     except NotAGPT2 as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # damaged files raise eight kinds
@@ -169,6 +169,8 @@ def newest_checkpoint(log_dir) -> Newest | None:
     for _, path in sorted(checkpoint_paths(log_dir).items(), reverse=True):
         try:
             return Newest(load_checkpoint(path), path, damaged)
+        except UnreadableCheckpoint:
+            raise  # to pass it over would lose the steps that it has
         except UserError as error:
             damaged.append(str(error))
     if damaged:

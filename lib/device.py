@@ -79,7 +79,7 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD, as an unsigned number: the heap never shrinks
 
 
 def device_name(device: torch.device) -> str:

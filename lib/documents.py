@@ -37,7 +37,7 @@ from typing import NamedTuple
 from lib.cli import UserError, first_line
 
 BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8, which is no text
-ROWS = 512  # of a .parquet file that are read at a time
+ROWS = 1024  # of a .parquet file that are read at a time
 READ_ERRORS = (  # what damaged files raise, pyarrow's errors included
     OSError,
     EOFError,
@@ -233,7 +233,9 @@ def parquet_documents(file, text_field: str, skip: int):
         if row + rows <= skip:
             row += rows
             continue
-        for batch in table.iter_batches(ROWS, row_groups=[group], columns=[text_field]):
+        for batch in table.iter_batches(
+            ROWS, row_groups=[group], columns=[text_field], use_threads=False
+        ):
             column = batch.column(0)
             for name in path[1:]:
                 column = pyarrow.compute.struct_field(column, name)

@@ -1,4 +1,4 @@
-"""The loss of training in a third of the memory: the head and its cross-entropy, slice by slice.
+"""The loss of training, slice by slice, so that the logits are never all in memory.
 
     model.loss = linear_cross_entropy      # the same number and gradients as the model's own loss
 
@@ -15,7 +15,8 @@ SLICE = {"cuda": 4096 * 50304, "cpu": 768 * 50304}
 def linear_cross_entropy(x, weight, targets):
     """F.cross_entropy(x @ weight.T, targets) without ever holding all the logits.
 
-    x (n, C), weight (V, C), targets (n,) int64 -> (), float32: the mean loss in nats per token.
+    x (n, C), weight (V, C), targets (n,) int64, all of them 0 .. V-1 -> (), float32: the mean loss
+    in nats per token.
     Under autocast the matrix products are in its dtype.
 
     Why not F.cross_entropy itself: at B=64, T=1024 the logits are 3.3 billion numbers, and it keeps
@@ -112,7 +113,7 @@ def _(logits, targets):
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """total (V, C) float32 += left.T @ right, for left (rows, V) and right (rows, C).
 
-    left and right are of one precision, any; the sums are float32. An operator of its own, because
+    left and right are of one precision, any; the total is float32. An operator of its own, because
     Inductor would keep the products of all slices and add them up in one kernel.
     """
     if right.dtype == total.dtype:

@@ -358,8 +358,10 @@ class TokenLoader:
         self.lengths = []
         self.maps = []  # of each shard its memory map, or None where there are none
         for path, tokens in find_shards(data_dir, split, self.manifest).items():
-            self.paths.append(path)
             shard = open_shard(path, tokens)
+            if not len(shard):
+                continue
+            self.paths.append(path)
             self.lengths.append(len(shard))
             # the array below the map: each slice of a memmap is a new memmap, which takes longer
             self.maps.append(np.asarray(shard) if isinstance(shard, np.memmap) else None)
@@ -505,7 +507,8 @@ def find_shards(data_dir, split: str, manifest: Manifest | None) -> dict[Path, i
     else:  # shards from elsewhere
         paths = sorted(Path(data_dir).glob("*"))
         listed = {path: None for path in paths if path.suffix in (".npy", ".bin")}
-    found = {path: tokens for path, tokens in listed.items() if split in path.name}
+    word = re.compile(rf"(?<![a-z]){split}(?![a-z])")  # medieval_train.npy is no validation shard
+    found = {path: tokens for path, tokens in listed.items() if word.search(path.name)}
     if found:
         return found
     message = f"there are no {split} shards in {data_dir}"

@@ -158,7 +158,7 @@ def slow_save(argument):
 
 
 def killed_after_save(argument):
-    """SIGKILL between a checkpoint and the links to it."""
+    """SIGKILL between a checkpoint and the link of the best to it."""
 
     def killed(path, name):
         if path.name == f"model_{int(argument):05d}.pt":

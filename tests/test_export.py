@@ -363,6 +363,8 @@ def test_the_card_names_no_directory_of_its_owner(trained, tmp_path):
     state["train_config"] |= {"init_from": str(tmp_path / "private" / "weights.pt")}
     path = tmp_path / "private" / "log" / "model_00008.pt"
     torch.save(state, path)
+    for name in ("log.txt", "run.json"):
+        shutil.copy(trained / name, path.parent)
     assert export.main(["--model", str(path), "--out", str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert (

@@ -36,6 +36,9 @@ def test_peak_rates_by_name():
     for name, rate in rates.items():
         assert peak_flops(name) == rate * 1e12, name
     assert peak_flops("Tesla V100-SXM2-16GB") is None and peak_flops("Quadro RTX 6000") is None
+    for name in ("GeForce RTX 3090 Ti", "GeForce RTX 4090 D", "RTX 4090 Laptop GPU", "H200 NVL"):
+        assert peak_flops(f"NVIDIA {name}") is None, name
+    assert peak_flops("NVIDIA A100-SXM4-80GB MIG 1g.10gb") is None
 
 
 def test_duration():

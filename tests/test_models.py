@@ -1,8 +1,9 @@
 """Models of other projects: each read as what it is, judged by transformers' logits, or refused."""
 
+import dataclasses
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from test_tokenizer import byte_level_bpe, save
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import export
+import metrics
 import sample
 from GPT_Modules import GPT
 from lib.checkpoint import load_model, open_model
@@ -71,7 +73,7 @@ def to_bin(folder):
 class Saved:
     """How a model is saved."""
 
-    options: dict = field(default_factory=dict)  # of transformers' save_pretrained
+    options: dict = dataclasses.field(default_factory=dict)  # of transformers' save_pretrained
     as_bin: bool = False
     precision: torch.dtype = torch.float32
 
@@ -324,6 +326,19 @@ def test_nanogpt(prefix, own_tokenizer, tmp_path, caplog):
         load_model(str(tmp_path / "ckpt.pt"))
     nanogpt_checkpoint(tmp_path / "ckpt.pt", small_gpt2())
     assert load_model(str(tmp_path / "ckpt.pt"), tokenizer=own_tokenizer)[1].n_vocab == 600
+
+
+def test_the_card_of_nanogpts_model_takes_nothing_from_another_run(tmp_path):
+    """Also where its file lies in the directory of a run."""
+    nanogpt_checkpoint(tmp_path / "ckpt.pt", small_gpt2(vocab_size=50304))
+    facts = dict.fromkeys(field.name for field in dataclasses.fields(metrics.RunFacts))
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    (tmp_path / "log.txt").write_text("3 val 2.5\n3 hella 0.3\n")
+    (tmp_path / "curve.png").write_bytes(b"")
+    words = ["--model", str(tmp_path / "ckpt.pt"), "--out", str(tmp_path / "out")]
+    assert export.main(words) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "validation loss" not in card and "acc_norm" not in card and "curve" not in card
 
 
 def test_nanogpt_without_biases_is_another_model(tmp_path):

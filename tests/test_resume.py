@@ -1,5 +1,6 @@
 """Going on: after kills, signals, other ranks and machines, against the uninterrupted run."""
 
+import math
 import os
 import random
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,7 @@ from conftest import (
 import metrics
 import train
 from lib.checkpoint import load_checkpoint
+from lib.ranks import Ranks
 from train import TrainConfig, get_lr
 
 
@@ -503,3 +506,29 @@ def test_a_kill_between_the_best_checkpoint_and_its_link_leaves_no_trace(data_di
     losses = dict(metrics.read_log(tmp_path / "log")["val"])
     assert min(losses, key=losses.get) == 5
     assert os.readlink(tmp_path / "log" / "model_best.pt") == "model_00005.pt"
+
+
+def test_the_best_is_kept_where_a_run_was_stopped_before_it_was_measured(data_dir, tmp_path):
+    """Stopped after 5 steps without the validation there, which is the lowest of the run."""
+    common = {"max_lr": 0.015, "min_lr": 0.015, "max_steps": 8, "warmup_steps": 0, "save_every": 3}
+    words = [*flags(data_dir=data_dir, log_dir=tmp_path, val_every=5, **common), "--keep_best"]
+    driving = {"PYTHONPATH": str(ROOT)}
+    done = script(ROOT / "tests" / "drivers.py", "stop_after", 4, *words, env=driving)
+    assert "stopped by SIGTERM after 5 steps, saved" in done.stdout, done.stderr
+    assert not (tmp_path / "model_best.pt").exists()
+    assert train.main(words) == 0
+    losses = dict(metrics.read_log(tmp_path)["val"])
+    assert min(losses, key=losses.get) == 5
+    assert load_checkpoint(tmp_path / "model_best.pt")["step"] == 5
+
+
+def test_a_validation_that_is_not_finite_is_not_the_best(tmp_path):
+    log = metrics.Log(tmp_path, 0)
+    run = types.SimpleNamespace(
+        config=types.SimpleNamespace(keep_best=True), ranks=Ranks("cpu"), log=log
+    )
+    answers = []
+    for step, loss in enumerate((math.nan, 3.0, math.nan, 3.0, 2.5)):
+        log.write(step, val=loss)
+        answers.append(train.is_best(run, {"val": loss}))
+    assert answers == [False, True, False, False, True]

@@ -178,6 +178,7 @@ def test_raw_tokens_of_nanogpt(tmp_path):
     said = "has no header: it is taken for nanoGPT's, raw uint16 tokens of GPT-2"
     assert loader.notes == [f"{tmp_path / 'train.bin'} {said}"]
     assert TokenLoader(tmp_path, "val", 10, 2, 20).notes == [f"{tmp_path / 'val.bin'} {said}"]
+    (tmp_path / "train.bin").unlink()  # the loader's thread may read what it has mapped
     (tmp_path / "train.bin").write_bytes(bin_shard(tokens))  # with a header it is llm.c's
     loader = TokenLoader(tmp_path, "train", 10, 2, 20)
     assert loader.tokens == 900 and loader.notes == []
@@ -311,22 +312,19 @@ def test_a_bad_bin_shard_is_refused(tmp_path):
             TokenLoader(tmp_path, "train", 2, 1, 2)
 
 
-def test_ids_above_the_vocabulary_do_not_reach_the_model(tmp_path):
+@pytest.mark.parametrize("name, place, step", [("000000", 150, 4), ("000001", 5, 6)])
+def test_ids_above_the_vocabulary_do_not_reach_the_model(name, place, step, tmp_path):
     """The file and the place are named, of a sequence that begins in the shard before as well."""
     write_shards(tmp_path, {"train": [200, 100]})
+    path = tmp_path / f"edufineweb_train_{name}.npy"
+    tokens = np.load(path)
+    tokens[place] = 257
+    np.save(path, tokens)
     loader = TokenLoader(tmp_path, "train", 30, 1, 30)
-    for name, place, step in (("000000", 150, 4), ("000001", 5, 6)):
-        path = tmp_path / f"edufineweb_train_{name}.npy"
-        tokens = np.load(path)
-        tokens[place] = 257
-        np.save(path, tokens)
-        loader = TokenLoader(tmp_path, "train", 30, 1, 30)
-        list(loader.batches(3))
-        said = f"{path} has token 257, which is not below the vocabulary's 257, at place {place}:"
-        with pytest.raises(UserError, match=said):
-            list(loader.batches(step))
-        tokens[place] = 0
-        np.save(path, tokens)
+    list(loader.batches(3))
+    said = f"{path} has token 257, which is not below the vocabulary's 257, at place {place}:"
+    with pytest.raises(UserError, match=said):
+        list(loader.batches(step))
 
 
 def test_the_loader_adds_little_memory_and_is_there_at_once(tmp_path):
@@ -350,3 +348,12 @@ print(first, own() - before)
     )
     seconds, megabytes = map(float, done.stdout.split())
     assert megabytes < 64 and seconds < 1
+
+
+def test_train_and_val_are_words_of_a_shards_name(tmp_path):
+    """medieval_train.npy holds no validation, constraint_val.npy nothing to learn from."""
+    for name, tokens in (("medieval_train_0.npy", 500), ("constraint_val_0.npy", 300)):
+        np.save(tmp_path / name, np.zeros(tokens, dtype=np.uint16))
+    np.save(tmp_path / "medieval_train_1.npy", np.zeros(0, dtype=np.uint16))  # nothing in it
+    assert TokenLoader(tmp_path, "train", 8, 1, 8).tokens == 500
+    assert TokenLoader(tmp_path, "val", 8, 1, 8).tokens == 300

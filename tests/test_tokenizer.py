@@ -250,6 +250,7 @@ CHANGES = {
     "a normalizer": lambda w: w.update(normalizer={"type": "NFC"}),
     "a merge less": lambda w: w["model"]["merges"].pop(),
     "two merges swapped": lambda w: w["model"]["merges"].insert(5, w["model"]["merges"].pop(9)),
+    "two ids swapped": lambda w: w["model"]["vocab"].update(Hello=31373, hello=15496),
     "whole words": lambda w: w["model"].update(ignore_merges=True),
     "another end": lambda w: w["added_tokens"][0].update(lstrip=True),
 }
