@@ -80,9 +80,9 @@ class Saved:
 
 WAYS = {
     "safetensors": Saved(),
-    "sharded safetensors": Saved({"max_shard_size": "60KB"}),
+    "sharded safetensors": Saved({"max_shard_size": "20KB"}),
     "pytorch_model.bin": Saved(as_bin=True),
-    "sharded pytorch_model.bin": Saved({"max_shard_size": "60KB"}, as_bin=True),
+    "sharded pytorch_model.bin": Saved({"max_shard_size": "20KB"}, as_bin=True),
     "float16": Saved(precision=torch.float16),
     "bfloat16": Saved(precision=torch.bfloat16, as_bin=True),
 }

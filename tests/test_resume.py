@@ -510,7 +510,7 @@ def test_a_kill_between_the_best_checkpoint_and_its_link_leaves_no_trace(data_di
 
 def test_the_best_is_kept_where_a_run_was_stopped_before_it_was_measured(data_dir, tmp_path):
     """Stopped after 5 steps without the validation there, which is the lowest of the run."""
-    common = {"max_lr": 0.015, "min_lr": 0.015, "max_steps": 8, "warmup_steps": 0, "save_every": 3}
+    common = {"max_lr": 0.015, "min_lr": 0.015, "max_steps": 6, "warmup_steps": 0, "save_every": 3}
     words = [*flags(data_dir=data_dir, log_dir=tmp_path, val_every=5, **common), "--keep_best"]
     driving = {"PYTHONPATH": str(ROOT)}
     done = script(ROOT / "tests" / "drivers.py", "stop_after", 4, *words, env=driving)
