@@ -13,28 +13,26 @@ information between tokens, the MLP computes on each token alone, and both add t
 residual stream of C channels.
 """
 
-import contextlib
 import json
 import math
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Shape of a GPT; the defaults are GPT-2 124M (Radford et al. 2019). Raises ValueError if it
-    can't be built."""
+    """Shape of a GPT; the defaults are GPT-2 124M (Radford et al. 2019).
+
+    Raises ValueError for a shape that can't be built.
+    """
 
     block_size: int = 1024  # tokens of context at most
-    vocab_size: int = (
-        50257  # rows of the embedding table: 50,000 BPE merges + 256 bytes + <|endoftext|>
-    )
+    vocab_size: int = 50257  # rows of wte: 50,000 BPE merges, 256 bytes, <|endoftext|>
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads per block
     n_embd: int = 768  # channels
@@ -58,21 +56,17 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, mask=None, cache=None):
+    def forward(self, x, cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
-        q, k, v = (
-            t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v)
-        )  # each (B, H, T, D)
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(k, v)  # each (B, H, tokens so far, D)
         # softmax(q @ k.T / sqrt(D)) @ v without ever storing the T x T matrix (flash attention).
-        # Each token sees itself and those before it; a single new token with a cache sees
-        # everything, which needs no mask.
-        causal = mask is None and T == k.size(2)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal
-        )  # (B, H, T, D)
+        # Each token sees itself and those before it; a single new token with a cache sees all.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T == k.size(2))  # (B, H, T, D)
         y = y.transpose(1, 2).contiguous().view(B, T, C)
         return self.c_proj(y)
 
@@ -96,8 +90,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None, cache=None):
-        x = x + self.attn(self.ln_1(x), mask, cache)
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -105,7 +99,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.recompute = False  # compute each block's activations again in the backward pass, instead of keeping them
+        self.loss = cross_entropy  # train.py puts lib/loss.py's here: the same, in less memory
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -115,62 +109,42 @@ class GPT(nn.Module):
             )
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = (
-            self.transformer.wte.weight
-        )  # tied: the same table reads tokens and writes them
+        self.lm_head.weight = self.transformer.wte.weight  # tied: one table reads and writes tokens
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                # 2 * n_layer projections add into the residual stream; 1/sqrt(2 * n_layer) keeps
-                # their sum from growing
-                residual = name.endswith("c_proj.weight")
-                nn.init.normal_(
-                    parameter, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02
-                )
+            if name.endswith("c_proj.weight"):
+                # 2 * n_layer projections add into the residual stream: this keeps their sum small
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def hidden(self, idx, pos=None, mask=None, cache=None):
+    def hidden(self, idx, cache=None):
         """The last layer's output for tokens idx (B, T): (B, T, C), C channels for each token.
 
-        pos (T,) or (B, T): positions, if they are not 0..T-1. mask (B, 1, T, T) bool: which tokens
-        (last dimension) each token sees, if not itself and all before it. cache: a KVCache for each
-        layer; idx is the whole prompt while they are empty, then one token at a time. Raises
-        ValueError if a token would stand beyond block_size.
+        cache: a KVCache for each layer. While they are empty, idx is the whole prompt, then one
+        token at a time. Raises ValueError if a token would stand beyond block_size.
         """
-        if pos is None:
-            start = cache[0].length if cache else 0
-            end = start + idx.size(1)
-            if end > self.config.block_size:
-                raise ValueError(
-                    f"{end} tokens do not fit into block_size {self.config.block_size}"
-                )
-            pos = torch.arange(start, end, device=idx.device)  # (T,)
+        start = cache[0].length if cache else 0
+        end = start + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens do not fit into block_size {self.config.block_size}")
+        pos = torch.arange(start, end, device=idx.device)  # (T,)
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
-        with (
-            sdpa_kernel(CHANGING_SHAPES) if mask is not None or cache else contextlib.nullcontext()
-        ):
-            for layer, block in enumerate(self.transformer.h):
-                if (
-                    self.recompute and torch.is_grad_enabled()
-                ):  # torch calls this activation checkpointing
-                    x = checkpoint(block, x, mask, use_reentrant=False, preserve_rng_state=False)
-                else:
-                    x = block(x, mask, cache[layer] if cache else None)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, cache[layer] if cache else None)
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """idx (B, T) -> (logits (B, T, V), None); with targets (B, T) -> (None, mean loss in nats
-        per token).
+        """idx (B, T) -> (logits (B, T, V), None); with targets (B, T) -> (None, loss).
 
-        Never both: in training the loss is computed slice by slice, and the logits are never all in
-        memory.
+        The loss is the mean over the tokens, in nats. Never both: in training, the logits need
+        never be in memory all at once (lib/loss.py).
         """
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x), None
-        # loss = F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten()), but with far
-        # less memory:
-        return None, linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        return None, self.loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     @torch.no_grad()
     def stream(
@@ -178,21 +152,22 @@ class GPT(nn.Module):
     ):
         """Continue idx (B, T): yields max_new_tokens times the next tokens (B, 1).
 
-        temperature 0 takes the likeliest token. top_k: only from the k likeliest. generator:
-        torch.Generator on idx's device. n_vocab: only ids below it, so that rows that pad the table
-        are never drawn. Beyond block_size it goes on from the last block_size tokens.
+        temperature: 0, or anything below 1e-6, takes the likeliest token. top_k: only from the k
+        likeliest. generator: torch.Generator on idx's device. n_vocab: only ids below it, so that
+        rows that pad the table are never drawn. Beyond block_size it goes on from the last
+        block_size tokens.
         """
         cache = [KVCache(self.config.block_size) for _ in self.transformer.h]
         for _ in range(max_new_tokens):
             if idx.size(1) <= self.config.block_size:
-                x = self.hidden(idx[:, cache[0].length :], cache=cache)
+                x = self.hidden(idx[:, cache[0].length :], cache)
             else:  # the window slides, so each token changes its position: nothing can be re-used
                 x = self.hidden(idx[:, -self.config.block_size :])
             logits = self.lm_head(x[:, -1]).float()[:, :n_vocab]  # (B, V)
-            if top_k is not None:
+            if top_k:
                 least = logits.topk(min(top_k, logits.size(1))).values[:, -1:]
                 logits = logits.masked_fill(logits < least, -math.inf)
-            if temperature == 0:
+            if temperature < 1e-6:
                 token = logits.argmax(dim=1, keepdim=True)
             else:
                 probs = F.softmax(logits / temperature, dim=1)
@@ -203,283 +178,165 @@ class GPT(nn.Module):
     def generate(
         self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, n_vocab=None
     ):
-        """idx (B, T) with its continuation, (B, T + max_new_tokens); the arguments are those of
-        `stream`."""
+        """idx (B, T) with its continuation: (B, T + max_new_tokens). Arguments as of `stream`."""
         tokens = self.stream(idx, max_new_tokens, temperature, top_k, generator, n_vocab)
         return torch.cat((idx, *tokens), dim=1)
 
-    def configure_optimizers(
-        self, weight_decay: float, learning_rate: float, muon: bool = False
-    ) -> torch.optim.AdamW:
-        """AdamW as GPT-3's (Brown et al. 2020, appendix B): matrices decay, biases and LayerNorms
-        don't.
-
-        muon: Muon updates the matrices of the blocks, AdamW the rest, the token table at twice the
-        learning rate.
-        """
-        parameters = dict(self.named_parameters())
-        blocks = [
-            p
-            for name, p in parameters.items()
-            if p.dim() == 2 and name.startswith("transformer.h.")
+    def configure_optimizers(self, weight_decay: float, learning_rate: float) -> torch.optim.AdamW:
+        """AdamW as GPT-3's (Brown et al. 2020, appendix B): biases and LayerNorms don't decay."""
+        parameters = list(self.parameters())
+        groups = [
+            # matrices and tables
+            {"params": [p for p in parameters if p.dim() == 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
-        tables = [self.transformer.wte.weight, self.transformer.wpe.weight]
-        others = [p for p in parameters.values() if p.dim() < 2]
-        if muon:
-            groups = [
-                {"params": blocks, "weight_decay": weight_decay, "muon": True},
-                {"params": tables[:1], "weight_decay": weight_decay, "lr_factor": 2.0},
-                {"params": tables[1:], "weight_decay": weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ]
-        else:
-            groups = [
-                {"params": tables + blocks, "weight_decay": weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ]
-        assert sum(len(group["params"]) for group in groups) == len(parameters)
-        kind = Muon if muon else torch.optim.AdamW
-        return kind(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str) -> "GPT":
-        """A GPT-2 from a Hugging Face folder, or by its name (gpt2, gpt2-medium, ...) from the Hub.
+    def from_pretrained(cls, name: str) -> "GPT":
+        """A GPT-2 as Hugging Face stores it: a folder, a file of weights with its config.json
+        beside it, or a name (gpt2, gpt2-medium, ...) on the Hub.
 
-        Raises ValueError if it is not a GPT-2 as this file builds it, OSError and huggingface_hub's
+        Raises NotAGPT2 if it is another model than this file builds, OSError and huggingface_hub's
         errors if it can't be read or fetched.
         """
-        from safetensors.torch import load_file
-
-        if Path(name_or_folder).is_dir():
-            config_file, weights_file = (
-                Path(name_or_folder) / name for name in ("config.json", "model.safetensors")
-            )
+        path = Path(name)
+        if path.exists():
+            folder = path if path.is_dir() else path.parent
+            if path.is_dir() or "-of-" in path.name:  # one of several files of weights
+                there = [file for file in WEIGHTS if (folder / file).exists()]
+                if not there:
+                    raise FileNotFoundError(f"there is none of {', '.join(WEIGHTS)}")
+                path = folder / there[0]
+            config_file = folder / "config.json"
         else:
             from huggingface_hub import hf_hub_download
 
-            config_file = hf_hub_download(name_or_folder, "config.json")
-            weights_file = hf_hub_download(name_or_folder, "model.safetensors")
-        config = json.loads(Path(config_file).read_text())
-        usual = {
-            "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False,
-            "tie_word_embeddings": True,
-        }
-        ours = {
-            "model_type": "gpt2",
-            "activation_function": "gelu_new",
-            "layer_norm_epsilon": 1e-5,
-            **usual,
-        }
-        for key, value in ours.items():
-            if config.get(key, usual.get(key)) != value:  # a file may leave out what is usual
-                raise ValueError(
-                    f"{name_or_folder}: {key} is {config.get(key)!r} where a GPT-2 has {value!r}"
-                )
+            config_file = Path(hf_hub_download(name, "config.json"))
+            path = Path(hf_hub_download(name, "model.safetensors"))
+        config = json.loads(config_file.read_text())
+        for key, values in SAME_MODEL.items():
+            value = config.get(key, values[0] if key != "model_type" else None)
+            if value not in values:
+                raise NotAGPT2(f"{key} is {value!r} where a GPT-2 has {values[0]!r}")
         shape = {key: config[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        if config.get("n_inner") not in (None, 4 * shape["n_embd"]):
+            raise NotAGPT2(f"n_inner is {config['n_inner']} where a GPT-2 has 4 times n_embd")
         model = cls(GPTConfig(block_size=config["n_positions"], **shape))
-        model.load_weights(load_file(weights_file), transposed=True)
+        model.load_weights(read_weights(path), transposed=True)
         return model
 
     def load_weights(self, weights: dict[str, torch.Tensor], transposed: bool = False) -> None:
-        """Copy in weights under any of their usual names: with or without transformer., module.,
-        _orig_mod., masks and the tied lm_head. transposed: the matrices of TRANSPOSED are stored as
-        OpenAI did. Raises ValueError if one is missing, left over, or of another shape."""
-        own, seen = dict(self.named_parameters()), set()
+        """Copy in weights of any precision, under any of their usual names: with or without
+        transformer., module., _orig_mod., masks and the tied lm_head.
+
+        transposed: the matrices of TRANSPOSED are stored as OpenAI did. Raises NotAGPT2 if one is
+        missing, left over, of another shape, or made of integers, or if lm_head is not tied.
+        """
+        own = dict(self.named_parameters())
+        head = own["transformer.wte.weight"]
+        seen = set()
         for name, tensor in weights.items():
-            name = (
-                name.replace("_orig_mod.", "").replace("module.", "").removeprefix("transformer.")
-            )
-            if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
+            name = name.replace("_orig_mod.", "").replace("module.", "")
+            name = name.removeprefix("transformer.")
+            if name.endswith((".attn.bias", ".attn.masked_bias")):
+                continue
+            if name == "lm_head.weight":
+                head = tensor
                 continue
             parameter = own.get(f"transformer.{name}")
             tensor = tensor.T if transposed and name.endswith(TRANSPOSED) else tensor
             if parameter is None or parameter.shape != tensor.shape:
-                raise ValueError(
-                    f"weight {name} of shape {tuple(tensor.shape)} does not fit into {self.config}"
-                )
+                shape = tuple(tensor.shape)
+                raise NotAGPT2(f"weight {name} of shape {shape} does not fit into {self.config}")
+            if not tensor.is_floating_point():
+                raise NotAGPT2(f"weight {name} is {tensor.dtype}: quantized weights are not read")
             parameter.data.copy_(tensor)
             seen.add(f"transformer.{name}")
         if missing := own.keys() - seen:
-            raise ValueError(
-                f"weights are missing: {', '.join(sorted(missing)[:3])} ({len(missing)} in all)"
-            )
+            first = ", ".join(sorted(missing)[:3])
+            raise NotAGPT2(f"weights are missing: {first} ({len(missing)} in all)")
+        if not torch.equal(head.float(), self.lm_head.weight):
+            raise NotAGPT2("lm_head.weight is not wte.weight: in a GPT-2 they are one table")
+
+
+class NotAGPT2(ValueError):
+    """A model from elsewhere computes something else than the GPT of this file."""
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights in a file of Hugging Face's: safetensors, torch's format, or an index that names
+    several such files. Nothing in a file is executed."""
+    from safetensors.torch import load_file
+
+    if path.suffix == ".json":
+        weights = {}
+        for name in sorted(set(json.loads(path.read_text())["weight_map"].values())):
+            weights |= read_weights(path.with_name(name))
+        return weights
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    # torch.load does not compare the checksums; older files have none
+    if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
+        raise ValueError(f"{path.name} is damaged: the checksum of {part} is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def cross_entropy(x, weight, targets):
+    """Mean loss in nats per token: x (n, C), weight (V, C), targets (n,) int64 -> ()."""
+    return F.cross_entropy(x @ weight.T, targets)
 
 
 class KVCache:
-    """Keys and values of one layer for the tokens so far: a new token then costs one row of
-    attention, not T rows."""
+    """Keys and values of one layer for the tokens so far.
+
+    With them a new token costs one row of attention instead of T rows.
+    """
 
     def __init__(self, block_size: int):
         self.block_size = block_size
         self.length = 0
 
     def append(self, k, v):
-        """Add keys and values of T new tokens, each (B, H, T, D); return those of all, each (B, H,
-        length, D)."""
-        assert self.length == 0 or k.size(2) == 1, (
-            "after the prompt, one token at a time: there is no mask"
-        )
+        """Add the keys and values of T new tokens, each (B, H, T, D).
+
+        Returns those of all tokens so far, each (B, H, length, D).
+        """
+        assert self.length == 0 or k.size(2) == 1, "after the prompt, one token at a time"
         if self.length == 0:
             B, H, _, D = k.shape
-            self.k, self.v = k.new_empty(2, B, H, self.block_size, D)
-        start, self.length = self.length, self.length + k.size(2)
+            self.k = k.new_empty(B, H, self.block_size, D)
+            self.v = v.new_empty(B, H, self.block_size, D)
+        start = self.length
+        self.length += k.size(2)
         self.k[:, :, start : self.length] = k
         self.v[:, :, start : self.length] = v
         return self.k[:, :, : self.length], self.v[:, :, : self.length]
 
 
-def linear_cross_entropy(x, weight, targets):
-    """F.cross_entropy(x @ weight.T, targets), the mean over n tokens in nats, without holding all
-    the logits.
-
-    x (n, C), weight (V, C), targets (n,) int64 -> (), float32; under autocast the products are in
-    its dtype.
-
-    Why not F.cross_entropy itself: at B=64, T=1024 the logits are 3.3 billion numbers, and it keeps
-    them for the backward pass. But the loss is the last operation, so its gradient is known as soon
-    as the logits are: d loss / d logits = (softmax(logits) - one_hot(targets)) / n. So the forward
-    pass handles a slice of tokens at a time: logits, loss, and at once their part of the gradients;
-    the backward pass only scales the gradients.
-    """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return LinearCrossEntropy.apply(
-        x, weight, targets, torch.is_grad_enabled()
-    )  # inside, it is always off
-
-
-SLICE = {
-    "cuda": 2**28,
-    "cpu": 25_000_000,
-}  # logits of a slice: few enough for memory, enough for a fast product
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, targets, learning):
-        n, V, w = x.size(0), weight.size(0), weight.to(x.dtype)
-        slices = max(1, n * V // SLICE.get(x.device.type, SLICE["cpu"]))
-        rows, vocabulary = math.ceil(n / slices), torch.arange(V, device=x.device)
-        # When compiled, gather and scatter stop Inductor from fusing the operations around them,
-        # and the slice's logits go to memory and back. So there the target's logit is a dot
-        # product, and one_hot a comparison.
-        fused = torch.compiler.is_compiling()
-        loss = x.new_zeros((), dtype=torch.float32)
-        grad_x = torch.empty_like(x) if learning else None
-        grad_weight = torch.zeros_like(weight) if learning else None
-        for i in range(0, n, rows):
-            x_i, targets_i = x[i : i + rows], targets[i : i + rows, None]  # (rows, C), (rows, 1)
-            logits = (x_i @ w.T).float()  # (rows, V); from here in place, because it is large
-            if fused:
-                target_logits = (x_i.float() * w[targets_i[:, 0]].float()).sum(
-                    dim=1, keepdim=True
-                )  # (rows, 1)
-            else:
-                target_logits = logits.gather(1, targets_i)
-            highest = logits.amax(dim=1, keepdim=True)
-            probs = logits.sub_(highest).exp_()
-            total = probs.sum(dim=1, keepdim=True)
-            # not in place: compiled by torch 2.11, that loses the gradient
-            loss = loss + (total.log() + highest - target_logits).sum() / n
-            if learning:
-                if fused:
-                    grad_logits = probs / total - (vocabulary == targets_i).float()
-                else:
-                    grad_logits = probs.div_(total).scatter_add_(
-                        1, targets_i, -torch.ones_like(total)
-                    )
-                grad_logits = grad_logits.to(x.dtype)
-                del logits, probs  # free the float32 numbers before the products need memory
-                grad_x[i : i + rows] = grad_logits @ w
-                add_product(grad_weight, grad_logits, x_i)
-        ctx.n = n
-        ctx.save_for_backward(grad_x, grad_weight)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad_x, grad_weight = ctx.saved_tensors
-        scale = (
-            grad_loss / ctx.n
-        )  # here and not above: in float16, a probability divided by n is often 0
-        return grad_x * scale, grad_weight * scale, None, None
-
-
-@torch.library.custom_op("gpt124m::add_product", mutates_args={"total"})
-def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total (V, C) float32 += left.T @ right, for left (rows, V) and right (rows, C) of any
-    precision.
-
-    An operator of its own, because Inductor would keep the products of all slices and add them up
-    in one kernel.
-    """
-    if right.dtype == total.dtype:
-        total.addmm_(left.T, right)
-    elif right.is_cuda:  # factors in half precision, sums in float32
-        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
-    else:
-        total += left.T @ right
-
-
-class Muon(torch.optim.AdamW):
-    """AdamW; but groups marked "muon" take Muon's steps (Jordan 2024): a matrix moves by the
-    orthogonal matrix that is nearest to the momentum of its gradients, scaled to the size of
-    AdamW's steps (0.2 sqrt(max(rows, columns)), Liu et al. 2025, arXiv 2502.16982). The rows of
-    c_attn.weight are q, k and v: three matrices, each made orthogonal alone.
-    """
-
-    momentum = 0.95
-
-    @torch.no_grad()
-    def step(self):
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if not group.get("muon")]
-        super().step()
-        self.param_groups = groups
-        for group in groups:
-            if group.get("muon"):
-                for shape in dict.fromkeys(
-                    p.shape for p in group["params"]
-                ):  # matrices of one shape go together
-                    self.step_matrices([p for p in group["params"] if p.shape == shape], group)
-
-    def step_matrices(self, parameters, group):
-        rows, C = parameters[0].shape
-        for p in parameters:
-            if not self.state[p]:  # with the "step" that AdamW looks for when it loads a state
-                self.state[p].update(
-                    step=torch.zeros((), device=p.device), momentum=torch.zeros_like(p)
-                )
-            self.state[p]["momentum"].lerp_(p.grad, 1 - self.momentum)
-        updates = torch.stack(
-            [p.grad.lerp(self.state[p]["momentum"], self.momentum) for p in parameters]
-        )
-        if rows == 3 * C:
-            updates = updates.view(-1, C, C)
-        updates = orthogonalize(updates) * (0.2 * math.sqrt(max(updates.shape[1:])))
-        for p, update in zip(parameters, updates.view(-1, rows, C), strict=True):
-            p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
-
-
-def orthogonalize(matrices):
-    """(n, rows, columns) -> the same with all singular values near 1, by 5 steps of a Newton-Schulz
-    iteration."""
-    X = matrices.bfloat16() if matrices.is_cuda else matrices
-    X = X.mT if X.size(1) > X.size(2) else X
-    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        A = X @ X.mT
-        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
-    return (X.mT if matrices.size(1) > matrices.size(2) else X).to(matrices.dtype)
-
-
-# Attention for shapes that change with every call: not cuDNN's (torch's choice on Hopper), which
-# plans each shape anew.
-CHANGING_SHAPES = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
 # OpenAI kept these weights as (inputs, outputs); nn.Linear wants (outputs, inputs).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+# Where Hugging Face's folders keep the weights; an index names several files.
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+# What config.json must say, the usual value first, for the model to be the one of this file. What
+# it leaves out is as usual, but for model_type. gelu_pytorch_tanh is gelu_new by another name.
+SAME_MODEL = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+    "quantization_config": (None,),
+}
 
 # Checkpoints hold their GPTConfig; torch.load opens plain data and what is named here, and nothing
 # else. Checkpoints of the original scripts pickled it as a class of __main__.

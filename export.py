@@ -1,29 +1,34 @@
 """The published model: a folder in Hugging Face's format, its model card, and the upload.
 
 python export.py --model log/model_checkpoint.pt --out GPT124M
-python export.py --model log/model_checkpoint.pt --push_to_hub YOUR_NAME/GPT124M        private; first `hf auth login`
+python export.py --model log --push_to_hub YOUR_NAME/GPT124M        private; first `hf auth login`
 python export.py --model demo/log/model_checkpoint.pt --out demo/GPT --overwrite
 """
 
 import json
+import os
 import re
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
+
 import torch
 
 from GPT_Modules import GPT, TRANSPOSED, GPTConfig
-from lib.checkpoint import open_model
+from lib.checkpoint import Opened, open_model
 from lib.cli import UserError, command, first_line, parse
 from lib.files import sync
-from lib.shards import is_on_hub, public_name
-from lib.tokenizer import PROMPT, UNIT, get_tokenizer, tokenizer_files
+from lib.shards import FINEWEB_EDU, is_on_hub, public_name
+from lib.tokenizer import Tokenizer
 from metrics import read_log, read_run
-from sample import printable, stream_text
+from sample import Sampling, printable, stream_text
 
-TOLERANCE = 1e-4  # between logits of the same weights; cropping the vocabulary changes the order of some sums
+# Between logits of the same weights; cropping the vocabulary changes the order of some sums.
+TOLERANCE = 1e-4
 
 CARD = """\
 ---
@@ -32,9 +37,9 @@ CARD = """\
 
 # {{ name }}
 
-A GPT-2 of {{ "{:,}".format(parameters) }} parameters: {{ model.n_layer }} layers, {{ model.n_head }} heads, \
-{{ model.n_embd }} channels, {{ model.vocab_size }} tokens in the vocabulary, {{ model.block_size }} of context. \
-Made with GPT124M.
+A GPT-2 of {{ "{:,}".format(parameters) }} parameters: {{ model.n_layer }} layers, \
+{{ model.n_head }} heads, {{ model.n_embd }} channels, {{ model.vocab_size }} tokens in the \
+vocabulary, {{ model.block_size }} of context. Made with GPT124M.
 {% if curve %}
 ![Loss over the run](curve.png)
 {% endif %}
@@ -44,7 +49,7 @@ Made with GPT124M.
 from transformers import pipeline
 
 generator = pipeline("text-generation", model="{{ name }}")
-print(generator("{{ prompt }}", max_new_tokens=50)[0]["generated_text"])
+print(generator({{ prompt }}, max_new_tokens={{ length }})[0]["generated_text"])
 ```
 {% if train %}
 ## Training
@@ -60,13 +65,16 @@ sequences of {{ train.seq_len }} |
 {% if train.schedule == "linear" %}constant, linear in the last \
 {{ "{:,}".format(train.decay_steps or train.max_steps // 2) }} steps{% else %}cosine{% endif %} \
 to {{ "%g" % train.min_lr }} at step {{ "{:,}".format(train.max_steps) }} |
-| optimizer | {% if train.optimizer == "muon" %}Muon for the matrices of the blocks, else {% endif %}\
+| optimizer | {% if train.optimizer == "muon" %}\
+Muon for the matrices of the blocks, else {% endif %}\
 AdamW, betas 0.9 and 0.95, weight decay {{ "%g" % train.weight_decay }}, \
 gradients clipped at {{ "%g" % train.grad_clip }} |
 {% if run %}| hardware | {{ run.hardware }}, {{ run.precision }} |
-{% endif %}{% if loss %}| validation loss | {{ "%.4f" % loss.value }} nats per {{ unit }}{{ loss.at }} |
-{% endif %}{% if hellaswag %}| HellaSwag | acc_norm {{ "%.4f" % hellaswag.value }} (completion style)\
-{{ hellaswag.at }} |
+{% endif %}{% if loss %}| validation loss | {{ "%.4f" % loss.value }} nats per {{ unit }}\
+{{ loss.when(step) }} |
+{% endif %}{% if hellaswag %}| HellaSwag | \
+acc_norm {{ "%.4f" % hellaswag.value }} (completion style)\
+{{ hellaswag.when(step) }} |
 {% endif %}{% endif %}
 ## Samples
 
@@ -78,15 +86,17 @@ Temperature 1, the 50 likeliest tokens, not selected:
 {% endfor %}
 ## Limits
 
-A small base model: it continues text, and does not follow instructions. It repeats what its training text holds, \
-errors and prejudices included, and states false things fluently. Don't rely on it for facts.
+A small base model: it continues text, and does not follow instructions. It repeats what its \
+training text holds, errors and prejudices included, and states false things fluently. Don't rely \
+on it for facts.
 """
 
 
 @dataclass(frozen=True)
 class ExportConfig:
     # the folder
-    model: str = "log/model_checkpoint.pt"  # a checkpoint, an exported folder, or gpt2, gpt2-medium ... from the Hub
+    model: str = "log/model_checkpoint.pt"  # a checkpoint, a folder, or gpt2 ... from the Hub
+    tokenizer: str | None = None  # for a model that brings none: gpt2, or a tokenizer.json
     out: str = "GPT124M"  # folder to write
     overwrite: bool = False  # replace the folder if it is there
     # the Hub
@@ -102,12 +112,26 @@ def config_files(config: GPTConfig, end_id: int) -> dict[str, str]:
     converter."""
     ends = {"bos_token_id": end_id, "eos_token_id": end_id}
     model = {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
-        "vocab_size": config.vocab_size, "n_positions": config.block_size, "n_ctx": config.block_size,
-        "n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head, "n_inner": None,
-        "layer_norm_epsilon": 1e-5, "initializer_range": 0.02, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
-        **ends, "tie_word_embeddings": True, "use_cache": True, "dtype": "float32",
-    }  # fmt: skip
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": None,
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        **ends,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "dtype": "float32",
+    }
     return {
         "config.json": json.dumps(model, indent=2) + "\n",
         "generation_config.json": json.dumps(ends | {"pad_token_id": end_id}, indent=2) + "\n",
@@ -126,83 +150,110 @@ def export_weights(model: GPT) -> dict[str, torch.Tensor]:
 def crop(model: GPT, n_vocab: int) -> GPT:
     """The same model without the rows that pad its vocabulary."""
     cropped = GPT(GPTConfig(**vars(model.config) | {"vocab_size": n_vocab}))
-    weights = model.state_dict()
-    cropped.load_weights(
-        weights | {"transformer.wte.weight": weights["transformer.wte.weight"][:n_vocab]}
-    )
+    weights = dict(model.named_parameters())
+    table = weights["transformer.wte.weight"]
+    cropped.load_weights(weights | {"transformer.wte.weight": table[:n_vocab]})
     return cropped.eval()
 
 
 # ---- the model card ----
 
 
-def model_card(
-    name: str, model: GPT, tokenizer: str, checkpoint: dict, log_dir: Path | None
-) -> str:
+@dataclass(frozen=True)
+class Measured:
+    """What the card says of a value: the last one that was measured of the model's run."""
+
+    value: float
+    step: int  # updates made when it was measured
+
+    def when(self, step: int) -> str:
+        """When it was measured, for a model of `step` updates."""
+        return "" if self.step == step else f", at step {self.step:,}"
+
+
+def last_measured(points: list[tuple[int, float]], step: int) -> Measured | None:
+    """The last of the (step, value) that does not lie beyond `step`."""
+    known = [Measured(round(value, 4), at) for at, value in points if at <= step]
+    return known[-1] if known else None
+
+
+def example(tokenizer: Tokenizer, block_size: int) -> tuple[str, int]:
+    """(Python expression of a prompt, tokens to add) for the card, so that both fit into the
+    context."""
+    room = block_size - len(tokenizer.encode(tokenizer.prompt)) - 2  # a template may add two tokens
+    if not tokenizer.prompt or room < 1:
+        return "generator.tokenizer.eos_token", max(1, min(50, block_size - 3))
+    return json.dumps(tokenizer.prompt), min(50, room)
+
+
+def model_card(name: str, model: GPT, opened: Opened) -> str:
     """README.md of the folder, from what the checkpoint and its log say; what was not measured is
-    left out."""
+    left out. model: the one that is published."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    run = read_run(log_dir) if log_dir else {}
-    data, train, step = (
-        checkpoint.get("data", {}),
-        checkpoint.get("train_config", {}),
-        checkpoint.get("step"),
-    )
-    scores = (
-        [(at, score) for at, score in read_log(log_dir).get("hella", []) if at <= step]
-        if run
-        else []
-    )
-    loss = measured(checkpoint.get("val_loss"), checkpoint.get("val_step"), step)
-    hellaswag = measured(scores[-1][1], scores[-1][0], step) if scores else None
+    tokenizer = opened.tokenizer
+    step = opened.checkpoint.get("step")
+    data = opened.checkpoint.get("data", {})
+    train = opened.checkpoint.get("train_config", {})
+    log_dir = log_directory(opened)
+    run = read_run(log_dir) if log_dir else None
+    log = read_log(log_dir) if run else {}
+    loss = last_measured(log.get("val", []), step)
+    hellaswag = last_measured(log.get("hella", []), step)
 
     dataset = data["dataset"] if is_on_hub(data) else None
     names = {"pydoc": f"the documentation of Python {data.get('revision')}", None: "unnamed shards"}
-    source, unit, prompt = (
-        names.get(public_name(data), public_name(data)),
-        UNIT[tokenizer],
-        PROMPT[tokenizer],
-    )
+    source = names.get(public_name(data), public_name(data))
+    task = "text-generation"
     results = []
     if loss:
-        where = dataset or "validation", f"{source}, validation shard", "loss"
-        results.append(
-            EvalResult(
-                "text-generation", *where, loss["value"], metric_name=f"loss (nats per {unit})"
-            )
-        )
+        where = (dataset or "validation", f"{source}, validation shard", "loss", loss.value)
+        results.append(EvalResult(task, *where, metric_name=f"loss (nats per {tokenizer.unit})"))
     if hellaswag:
-        where = "Rowan/hellaswag", "HellaSwag (completion style)", "acc_norm"
-        results.append(
-            EvalResult("text-generation", *where, hellaswag["value"], metric_name="acc_norm")
-        )
+        where = ("Rowan/hellaswag", "HellaSwag (completion style)", "acc_norm", hellaswag.value)
+        results.append(EvalResult(task, *where, metric_name="acc_norm"))
     header = ModelCardData(
-        language="en", license="mit", library_name="transformers", pipeline_tag="text-generation",
-        tags=["gpt2", "text-generation"], datasets=[dataset] if dataset else None, model_name=name,
+        language="en" if data.get("dataset") in (FINEWEB_EDU, "pydoc") else None,
+        license="mit",
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["gpt2", task],
+        datasets=[dataset] if dataset else None,
+        model_name=name,
         eval_results=results or None,
-    )  # fmt: skip
-    texts = [
-        prompt + "".join(stream_text(model, get_tokenizer(tokenizer), prompt, 64, seed=s))
-        for s in range(42, 46)
-    ]
+    )
+    samples = []
+    for seed in range(42, 46):
+        pieces = stream_text(model, tokenizer, tokenizer.prompt, Sampling(seed=seed))
+        text = printable(tokenizer.prompt + "".join(pieces))
+        samples.append(text.replace("```", "'''"))
+    prompt, length = example(tokenizer, model.config.block_size)
     card = ModelCard.from_template(
-        header, template_str=CARD, name=name, model=model.config, source=source, unit=unit, prompt=prompt, data=data,
-        train=train, step=step, run=run, loss=loss, hellaswag=hellaswag,
-        first_weights=Path(train.get("init_from", "")).name,
+        header,
+        template_str=CARD,
+        name=name,
+        model=model.config,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        prompt=prompt,
+        length=length,
+        source=source,
+        data=data,
+        train=train,
+        first_weights=Path(train.get("init_from", "")).name,
+        step=step,
+        run=run,
+        loss=loss,
+        unit=tokenizer.unit,
+        hellaswag=hellaswag,
         curve=log_dir is not None and (log_dir / "curve.png").exists(),
-        samples=[printable(text).replace("```", "'''") for text in texts],
-    )  # fmt: skip
+        samples=samples,
+    )
     return str(card)
 
 
-def measured(value: float | None, at: int | None, step: int) -> dict | None:
-    """What the card says of a value that was measured at step `at` (older checkpoints don't say: at
-    theirs)."""
-    if value is None:
-        return None
-    return {"value": round(value, 4), "at": "" if at in (None, step) else f", at step {at:,}"}
+def log_directory(opened: Opened) -> Path | None:
+    """Where the log of a model's run lies: beside its checkpoint. None for a model of elsewhere."""
+    return opened.path.resolve().parent if "train_config" in opened.checkpoint else None
 
 
 # ---- the folder ----
@@ -213,37 +264,34 @@ def write_folder(config: ExportConfig, folder: Path) -> float:
     raises UserError if it is more than rounding."""
     from safetensors.torch import save_file
 
-    model, tokenizer, checkpoint, path = open_model(config.model)
-    log_dir = path.resolve().parent if path else None
-    encoding = get_tokenizer(tokenizer)
-    exported = crop(model, encoding.n_vocab)
+    opened = open_model(config.model, config.tokenizer)
+    tokenizer = opened.tokenizer
+    exported = crop(opened.model, tokenizer.n_vocab)
     name = config.push_to_hub or Path(config.out).resolve().name
-    card = model_card(name, exported, tokenizer, checkpoint, log_dir)
-    texts = {
-        **config_files(exported.config, encoding.eot_token),
-        **tokenizer_files(tokenizer, exported.config.block_size),
-        "README.md": card,
-    }
+    card = model_card(name, exported, opened)
+    files = tokenizer.files(exported.config.block_size)
+    texts = config_files(exported.config, tokenizer.eot_token) | {"README.md": card}
     for file_name, text in texts.items():
-        (folder / file_name).write_text(text, encoding="utf-8")
+        files[file_name] = text.encode()
+    for file_name, content in files.items():
+        (folder / file_name).write_bytes(content)
+    log_dir = log_directory(opened)
     if log_dir and (log_dir / "curve.png").exists():
         shutil.copyfile(log_dir / "curve.png", folder / "curve.png")
-    save_file(export_weights(exported), folder / "model.safetensors", metadata={"format": "pt"})
-    shutil.copymode(
-        folder / "config.json", folder / "model.safetensors"
-    )  # safetensors writes it with mode 600
+    weights = folder / "model.safetensors"
+    save_file(export_weights(exported), weights, metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", weights)  # safetensors writes it with mode 600
 
-    tokens = encoding.encode_ordinary(card)[: model.config.block_size]
+    tokens = tokenizer.encode(card)[: exported.config.block_size]
     idx = torch.tensor([tokens])  # (1, T)
     with torch.no_grad():
-        before, after = (
-            model(idx)[0][..., : encoding.n_vocab],
-            GPT.from_pretrained(str(folder))(idx)[0],
-        )
+        before = opened.model(idx)[0][..., : tokenizer.n_vocab]  # (1, T, V)
+        after = GPT.from_pretrained(str(folder))(idx)[0]
     difference = (before - after).abs().max().item()
     if not difference <= TOLERANCE:
         raise UserError(
-            f"the exported model computes something else: its logits differ by {difference:.2g}, nothing is kept",
+            f"the exported model computes something else: its logits differ by {difference:.2g}, "
+            "nothing is kept",
             code=1,
         )
     return difference
@@ -269,9 +317,11 @@ def export(config: ExportConfig) -> None:
         )
     if out.exists() and not is_export(out):
         raise UserError(
-            f"{config.out} is not an exported model: --overwrite won't replace it, --out chooses another folder"
+            f"{config.out} is not an exported model: --overwrite won't replace it, "
+            "--out chooses another folder"
         )
-    temporary, old = out.with_name(out.name + ".new.tmp"), out.with_name(out.name + ".old.tmp")
+    temporary = out.with_name(out.name + ".new.tmp")
+    old = out.with_name(out.name + ".old.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -309,7 +359,8 @@ def explain_hub(error: Exception, repository: str) -> UserError:
         return UserError("you are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN")
     if isinstance(error, OfflineModeIsEnabled):
         return UserError(
-            "the Hub is switched off on this machine: unset HF_HUB_OFFLINE and run the same command again"
+            "the Hub is switched off on this machine: unset HF_HUB_OFFLINE and run the same "
+            "command again"
         )
     if isinstance(error, HFValidationError):
         return UserError(
@@ -319,7 +370,8 @@ def explain_hub(error: Exception, repository: str) -> UserError:
         return UserError("the Hub does not accept your token: run `hf auth login` with a new one")
     if status == 403:
         return UserError(
-            f"your token may not write to {repository}: run `hf auth login` with a token of type write"
+            f"your token may not write to {repository}: run `hf auth login` with a token of type "
+            "write"
         )
     reason = re.sub(r"hf_\w+", "hf_...", first_line(error))
     return UserError(
@@ -368,11 +420,13 @@ def main(argv=None) -> int:
     if config.push_to_hub is not None:
         push(config.out, config.push_to_hub, config.public)
     else:
-        print(
-            f"next: python export.py --model {config.model} --out {config.out} --overwrite --push_to_hub"
-            " YOUR_NAME/GPT124M\n"
-            f'      or, with transformers: pipeline("text-generation", model="{config.out}")'
-        )
+        words = ["python", "export.py", "--model", config.model]
+        if config.tokenizer is not None:
+            words += ["--tokenizer", config.tokenizer]
+        words += ["--out", config.out, "--overwrite", "--push_to_hub", "YOUR_NAME/GPT124M"]
+        print(f"next: {shlex.join(words)}")
+        call = f'pipeline("text-generation", model={config.out!r})'
+        print(f"      or, with transformers: {call}")
     return 0
 
 

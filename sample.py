@@ -5,31 +5,32 @@ python sample.py --model gpt2 --prompt_file prompt.txt --num_samples 1 --tempera
 echo "def main():" | python sample.py - --model demo/log/model_checkpoint.pt
 """
 
-import codecs
+import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tiktoken
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
+
 import torch
 
 from GPT_Modules import GPT
 from lib.checkpoint import load_model
 from lib.cli import PositiveInt, UserError, command, parse
-from lib.ranks import choose_device
-from lib.tokenizer import PROMPT, get_tokenizer
+from lib.device import changing_shapes, choose_device
+from lib.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     # the prompt
-    prompt: str = (
-        ""  # text to continue; - reads standard input; without one the model begins a document
-    )
+    prompt: str = ""  # text to continue; - reads standard input; without one a document begins
     prompt_file: str | None = None  # file with the text to continue
     # the model
-    model: str = "log/model_checkpoint.pt"  # a checkpoint, an exported folder, or gpt2, gpt2-medium ... from the Hub
+    model: str = "log/model_checkpoint.pt"  # a checkpoint, a folder, or gpt2 ... from the Hub
+    tokenizer: str | None = None  # for a model that brings none: gpt2, or a tokenizer.json
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
     # the text
     num_samples: PositiveInt = 4  # texts to write
@@ -39,39 +40,47 @@ class SampleConfig:
     seed: int = 42  # the same seed gives the same text
 
 
-def stream_text(
-    model: GPT,
-    encoding: tiktoken.Encoding,
-    prompt: str,
-    max_new_tokens: int,
-    temperature=1.0,
-    top_k=50,
-    seed=42,
-):
+@dataclass(frozen=True)
+class Sampling:
+    """How a text is drawn from a model: see SampleConfig."""
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 50
+    seed: int = 42
+
+
+def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Iterator[str]:
     """Yield the continuation of a prompt piece by piece, until max_new_tokens or the end of the
     document."""
     device = model.lm_head.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-    tokens = encoding.encode(prompt, allowed_special="all") or [encoding.eot_token]
-    idx = torch.tensor([tokens], device=device)  # (1, T)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
-    for token in model.stream(
-        idx, max_new_tokens, temperature, top_k or None, generator, encoding.n_vocab
-    ):
-        if token.item() == encoding.eot_token:
-            break
-        yield decoder.decode(encoding.decode_single_token_bytes(token.item()))
-    yield decoder.decode(b"", final=True)
+    tokens = tokenizer.encode_prompt(prompt) or [tokenizer.eot_token]
+    stream = model.stream(
+        torch.tensor([tokens], device=device),  # (1, T)
+        sampling.max_new_tokens,
+        sampling.temperature,
+        sampling.top_k or None,
+        torch.Generator(device).manual_seed(sampling.seed),
+        tokenizer.n_vocab,
+    )
+    decoder = tokenizer.decoder()
+    with changing_shapes():
+        for token in stream:
+            if token.item() == tokenizer.eot_token:
+                break
+            yield decoder.step(token.item())
+    yield decoder.end()
 
 
-def show_samples(model: GPT, encoding: tiktoken.Encoding, autocast) -> str:
+def show_samples(model: GPT, tokenizer: Tokenizer, autocast) -> str:
     """Two texts of a model in training, ready to print."""
-    prompt, length, texts = PROMPT[encoding.name], 64 if encoding.name == "gpt2" else 256, []
+    length = 256 if tokenizer.unit == "byte" else 64
+    texts = []
     for seed in (42, 43):
+        sampling = Sampling(length, temperature=0.8, seed=seed)
         with autocast:
-            text = prompt + "".join(
-                stream_text(model, encoding, prompt, length, temperature=0.8, seed=seed)
-            )
+            pieces = stream_text(model, tokenizer, tokenizer.prompt, sampling)
+            text = tokenizer.prompt + "".join(pieces)
         texts.append("  sample\n  > " + printable(text).replace("\n", "\n  > "))
     return "\n".join(texts)
 
@@ -81,9 +90,8 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
-@command
-def main(argv=None) -> int:
-    config = parse(SampleConfig, argv, __doc__, positional="prompt")
+def read_prompt(config: SampleConfig) -> str:
+    """The text to continue. Raises UserError if it can't be read, or is no text."""
     if config.prompt_file and config.prompt:
         raise UserError("give a prompt or --prompt_file, not both")
     try:
@@ -92,18 +100,26 @@ def main(argv=None) -> int:
             prompt = Path(config.prompt_file).read_text(encoding="utf-8")
         elif prompt == "-":
             prompt = sys.stdin.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"the prompt {config.prompt_file or '-'} can't be read as UTF-8 text: {error}"
-        ) from None
-    model, tokenizer = load_model(config.model, choose_device(config.device))
-    encoding = get_tokenizer(tokenizer)
+        prompt.encode()  # bytes of the command line that are not UTF-8 are lone surrogates here
+    except (OSError, UnicodeError) as error:
+        place = config.prompt_file or ("-" if config.prompt == "-" else "on the command line")
+        raise UserError(f"the prompt {place} can't be read as UTF-8 text: {error}") from None
+    return prompt
+
+
+@command
+def main(argv=None) -> int:
+    config = parse(SampleConfig, argv, __doc__, positional="prompt")
+    prompt = read_prompt(config)
+    device = choose_device(config.device)
+    model, tokenizer = load_model(config.model, device, config.tokenizer)
     for number in range(config.num_samples):
         if config.num_samples > 1:
             print(f"--- sample {number + 1} of {config.num_samples}")
         print(prompt, end="", flush=True)
-        options = config.max_new_tokens, config.temperature, config.top_k, config.seed + number
-        for piece in stream_text(model, encoding, prompt, *options):
+        seed = config.seed + number
+        sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, seed)
+        for piece in stream_text(model, tokenizer, prompt, sampling):
             print(piece, end="", flush=True)
         print()
     return 0

@@ -1,9 +1,9 @@
-"""Train GPT-2: the run.
+"""Train GPT-2.
 
-    python data_generator.py --preset demo && python train.py --preset demo     two CPU cores, a few minutes
-    torchrun --standalone --nproc_per_node=8 train.py                           GPT-2 124M on 8 GPUs
-    python train.py --batch_size 16                                             the same steps on one smaller GPU
-    python train.py --init_from gpt2 --data_dir mydata --log_dir tuned          from OpenAI's weights, on other data
+    python data_generator.py --preset demo && python train.py --preset demo     on a CPU, minutes
+    torchrun --standalone --nproc_per_node=8 train.py                           124M on 8 GPUs
+    python train.py                                                             the same on one
+    python train.py --init_from gpt2 --data_dir mydata --log_dir tuned          OpenAI's weights on
 
 The same command starts a run and continues it. A step is `total_batch_size` tokens whatever the
 number of GPUs; they share it out in micro-batches of `batch_size` sequences. Ctrl-C, SIGTERM,
@@ -14,13 +14,17 @@ Shapes: B sequences in a micro-batch (batch_size), T tokens in a sequence (seq_l
 
 import dataclasses
 import math
+import os
+import shlex
 import signal
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
-import tiktoken
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
+
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,68 +32,63 @@ import hellaswag
 import metrics
 from GPT_Modules import GPT, GPTConfig
 from lib.checkpoint import (
+    BEST,
     NEWEST,
-    best_loss,
-    load_model,
+    checkpoint_paths,
+    link,
     newest_checkpoint,
-    point_newest,
+    open_model,
     remove_older,
     save_checkpoint,
 )
 from lib.cli import PositiveFloat, PositiveInt, UserError, command, count, leave, parse
+from lib.device import (
+    StepShape,
+    choose_precision,
+    explain_out_of_memory,
+    fitting_batch_size,
+    free_memory,
+    peak_memory,
+    prepare_device,
+    recompute_blocks,
+    step_memory,
+)
 from lib.files import only_writer
-from lib.ranks import Ranks, explain_out_of_memory
+from lib.loss import linear_cross_entropy
+from lib.muon import Muon, muon_groups
+from lib.ranks import Ranks
 from lib.shards import DATA_DIR, DEMO_DATA_DIR, TokenLoader
-from lib.tokenizer import get_tokenizer
+from lib.tokenizer import Tokenizer, get_tokenizer
 from sample import show_samples
+
+Preset = Literal["gpt2", "gpt2-fast", "gpt2-medium", "gpt2-large", "gpt2-xl", "demo"]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     # the model
-    preset: Literal["gpt2", "gpt2-fast", "gpt2-medium", "gpt2-large", "gpt2-xl", "demo"] = (
-        "gpt2"  # sets defaults
-    )
-    init_from: str = "scratch"  # first weights: scratch, a checkpoint, an exported folder, or gpt2, gpt2-medium ...
-    n_layer: PositiveInt | None = None  # transformer blocks (default: 12, or what --init_from has)
-    n_head: PositiveInt | None = (
-        None  # attention heads per block (default: 12, or what --init_from has)
-    )
-    n_embd: PositiveInt | None = None  # channels (default: 768, or what --init_from has)
-    vocab_size: PositiveInt | None = (
-        None  # rows of the token table (default: the tokenizer's, up to a multiple of 64)
-    )
-    block_size: PositiveInt | None = (
-        None  # longest context in tokens (default: seq_len, or what --init_from has)
-    )
+    preset: Preset = "gpt2"  # defaults of the other flags
+    init_from: str = "scratch"  # first weights: scratch, a checkpoint, a folder, or gpt2 ...
+    n_layer: PositiveInt | None = None  # transformer blocks (default: 12, or --init_from's)
+    n_head: PositiveInt | None = None  # attention heads per block (default: 12, or --init_from's)
+    n_embd: PositiveInt | None = None  # channels (default: 768, or --init_from's)
+    vocab_size: PositiveInt | None = None  # rows of the token table (default: tokens, in 64s)
+    block_size: PositiveInt | None = None  # tokens of context (default: seq_len, or --init_from's)
     # directories
     data_dir: str = DATA_DIR  # shards to learn from
     log_dir: str = "log"  # log, curve and checkpoints
-    resume: Literal["auto", "never"] = (
-        "auto"  # go on from log_dir's newest checkpoint; never: refuse to
-    )
     # a step
-    total_batch_size: PositiveInt = (
-        524_288  # tokens in a step, over all GPUs: 2^19, about the 0.5M of GPT-3's paper
-    )
-    batch_size: PositiveInt = (
-        64  # sequences in a micro-batch; memory decides, the result does not change
-    )
+    total_batch_size: PositiveInt = 524_288  # tokens in a step, over all GPUs: 2^19, GPT-3's 0.5M
+    batch_size: PositiveInt | None = None  # sequences in a micro-batch (default: what memory holds)
     seq_len: PositiveInt = 1024  # tokens in a sequence
     # the schedule
     max_steps: PositiveInt = 19_073  # updates: 10 billion tokens in steps of 2^19
     warmup_steps: int = 715  # updates of linear warm-up: 375 million tokens, as GPT-3's
-    schedule: Literal["cosine", "linear"] = (
-        "cosine"  # to min_lr from the warm-up on, or in the last decay_steps only
-    )
-    decay_steps: PositiveInt | None = (
-        None  # of the linear schedule: updates of its decay (default: half of max_steps)
-    )
+    schedule: Literal["cosine", "linear"] = "cosine"  # linear: constant first, then down
+    decay_steps: PositiveInt | None = None  # updates of linear's decay (default: half of max_steps)
     max_lr: PositiveFloat = 6e-4  # learning rate after the warm-up: GPT-3 124M's
     min_lr: float = 6e-5  # learning rate at the end
-    optimizer: Literal["adamw", "muon"] = (
-        "adamw"  # muon: for the matrices of the blocks; the rest takes AdamW
-    )
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks
     weight_decay: float = 0.1  # of matrices and embedding tables
     grad_clip: PositiveFloat = 1.0  # largest norm of the gradient
     # evaluation and checkpoints
@@ -99,87 +98,94 @@ class TrainConfig:
     hellaswag_data: str | None = None  # .jsonl file of HellaSwag examples (default: from the Hub)
     sample_every: int = 250  # steps between samples; 0 switches off
     save_every: int = 1000  # steps between checkpoints; 0: at the end only
-    keep_every: int = 5000  # checkpoints at multiples of it are kept for good; 0: only the last two
-    keep_best: bool = False  # keep the weights with the lowest validation loss as model_best.pt
+    keep_every: int = 5000  # checkpoints at multiples of it are kept for good; 0: the last two only
+    keep_best: bool = False  # also save and keep at the lowest validation loss: model_best.pt
     # the machine
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = (
-        "auto"  # precision; auto: the fastest of this hardware
-    )
-    recompute: bool = False  # compute activations twice instead of keeping them: less memory, about 4/3 of the time
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: the fastest here
+    recompute: bool = False  # compute activations twice, keep few: less memory, more time
     compile: bool | None = None  # torch.compile the model (default: on CUDA)
     timeout: PositiveInt = 600  # seconds that ranks wait for each other
     shuffle: bool = False  # read the sequences in a new order in each epoch (default: as they come)
     seed: int = 1337  # of the first weights and of --shuffle
 
 
-PRESETS = {  # gpt2 to gpt2-xl: learning rates of table 2.1 of Brown et al. 2020; batch_size: what fits into 80 GB
+PRESETS = {  # gpt2 to gpt2-xl: learning rates of table 2.1 of Brown et al. 2020
     "gpt2": {},
-    "gpt2-fast": {"optimizer": "muon", "schedule": "linear", "max_lr": 1.8e-3, "min_lr": 0.0, "warmup_steps": 250,
-                  "max_steps": 9536},  # half the tokens: "Sooner to the same loss" in README
+    "gpt2-fast": {  # half of gpt2's tokens: docs/faster.md
+        "optimizer": "muon", "schedule": "linear", "max_lr": 1.8e-3, "min_lr": 0.0,
+        "warmup_steps": 250, "max_steps": 9536,
+    },
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "max_lr": 3e-4, "min_lr": 3e-5},
-    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "max_lr": 2.5e-4, "min_lr": 2.5e-5, "batch_size": 32},
-    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "max_lr": 2e-4, "min_lr": 2e-5, "batch_size": 16},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "max_lr": 2.5e-4, "min_lr": 2.5e-5},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "max_lr": 2e-4, "min_lr": 2e-5},
     "demo": {
-        "data_dir": DEMO_DATA_DIR, "log_dir": "demo/log", "n_layer": 4, "n_head": 4, "n_embd": 128, "seq_len": 128,
-        "batch_size": 8, "total_batch_size": 1024, "max_steps": 2500, "warmup_steps": 100, "optimizer": "muon",
-        "schedule": "linear", "max_lr": 4e-3, "min_lr": 0.0, "val_every": 250, "val_tokens": 76_800,
-        "hellaswag_every": 0, "sample_every": 500, "save_every": 250, "keep_every": 0, "dtype": "float32",
+        "data_dir": DEMO_DATA_DIR, "log_dir": "demo/log", "n_layer": 4, "n_head": 4, "n_embd": 128,
+        "seq_len": 128, "batch_size": 8, "total_batch_size": 1024, "max_steps": 2500,
+        "warmup_steps": 100, "optimizer": "muon", "schedule": "linear", "max_lr": 4e-3,
+        "min_lr": 0.0, "val_every": 250, "val_tokens": 76_800, "hellaswag_every": 0,
+        "sample_every": 500, "save_every": 250, "keep_every": 250, "dtype": "float32",
     },
 }  # fmt: skip
 
-# What a continued run may change: no step's tokens change by it. max_steps may only grow; the
-# schedule follows it.
+# Settings that a continued run may change, because the steps that are left compute the same without
+# regard to them. max_steps may only grow; the schedule follows it.
 MAY_CHANGE = {
-    "preset", "data_dir", "log_dir", "resume", "batch_size", "max_steps", "val_every", "val_tokens", "hellaswag_every",
-    "hellaswag_data", "sample_every", "save_every", "keep_every", "keep_best", "device", "compile", "recompute",
-    "timeout",
+    "preset", "data_dir", "log_dir", "batch_size", "max_steps", "val_every", "val_tokens",
+    "hellaswag_every", "hellaswag_data", "sample_every", "save_every", "keep_every", "keep_best",
+    "device", "compile", "recompute", "timeout",
 }  # fmt: skip
 MODEL_FLAGS = tuple(field.name for field in dataclasses.fields(GPTConfig))
 SKIPS_IN_A_ROW = 10  # updates that may be skipped for NaN or Inf before the run is given up
-NOT_FINITE = """loss or gradient were not finite {skips} times in a row, up to step {step}.
-HINT: --init_from {log_dir} (its last good weights, if saved), another --log_dir, a lower --max_lr or --dtype float32"""
 
 
 def get_lr(step: int, config: TrainConfig) -> float:
-    """Learning rate of the update after `step` updates: linear warm-up to max_lr, then down to
-    min_lr at max_steps, by a cosine; or constant, then linearly over the last decay_steps."""
+    """Learning rate of the update after `step` updates.
+
+    First a straight line up to max_lr. Then cosine: along half a cosine down to min_lr at
+    max_steps. Or linear: constant, and straight down to min_lr over the last decay_steps.
+    """
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps
     if config.schedule == "linear":
-        decay_steps = config.decay_steps or max(1, config.max_steps // 2)
-        share = min(
-            1, max(0, (config.max_steps - step) / decay_steps)
-        )  # of the way from min_lr to max_lr
+        after_warmup = max(1, config.max_steps - config.warmup_steps)
+        decay_steps = config.decay_steps or min(max(1, config.max_steps // 2), after_warmup)
+        height = min(1, max(0, config.max_steps - step) / decay_steps)  # 1: max_lr, 0: min_lr
     else:
         progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-        share = 0.5 * (1 + math.cos(math.pi * min(1, progress)))
-    return config.min_lr + share * (config.max_lr - config.min_lr)
+        height = 0.5 * (1 + math.cos(math.pi * min(1, progress)))
+    return config.min_lr + height * (config.max_lr - config.min_lr)
 
 
 def due(step: int, every: int, max_steps: int) -> bool:
-    """Is something that happens every so many steps due now? At the end it always is; every 0
-    switches it off."""
+    """Whether something that happens every so many steps, and at the end, happens now; 0: never."""
     return every > 0 and (step % every == 0 or step == max_steps)
 
 
 def check_config(config: TrainConfig) -> None:
-    """Raise UserError for values that contradict each other; the bounds of single ones stand beside
-    their fields."""
+    """Raise UserError for values that contradict each other.
+
+    The bounds of single ones stand beside their fields.
+    """
     if config.min_lr > config.max_lr:
         raise UserError(f"--min_lr {config.min_lr} is above --max_lr {config.max_lr}")
     if config.decay_steps and config.schedule == "cosine":
         raise UserError(
             f"--decay_steps {config.decay_steps} belongs to --schedule linear; the cosine has none"
         )
+    if config.decay_steps and config.decay_steps + config.warmup_steps > config.max_steps:
+        raise UserError(
+            f"--decay_steps {config.decay_steps} and --warmup_steps {config.warmup_steps} are "
+            f"together more than --max_steps {config.max_steps}"
+        )
     if config.val_every and config.val_tokens < config.total_batch_size:
         raise UserError(
-            f"--val_tokens {config.val_tokens} is less than one step, --total_batch_size {config.total_batch_size}: "
-            "validation uses whole steps, so it must be at least as many"
+            f"--val_tokens {config.val_tokens} is less than one step, --total_batch_size "
+            f"{config.total_batch_size}: it uses whole steps, so it must be at least as many"
         )
 
 
-# ---- the parts of a run: data, model, and what a checkpoint says of both
+# ---- what a run is made of
 
 
 @dataclass(frozen=True)
@@ -189,89 +195,120 @@ class Data:
     train: TokenLoader
     val: TokenLoader | None  # None: no validation
     val_steps: int  # whole steps of the validation stream that are used
-    encoding: tiktoken.Encoding
+    tokenizer: Tokenizer
     examples: list[dict]  # HellaSwag's; empty: no HellaSwag
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts: at its first update, or where its newest good checkpoint left it."""
+
+    step: int  # updates made already
+    model: GPT  # on the CPU
+    source: str  # where the weights are from
+    precision: str  # bfloat16, float16 or float32
+    optimizer: dict | None = None  # state of the optimizer; None: a new run
+    scaler: dict | None = None  # state of the loss scale
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from the first step to the last."""
+
+    config: TrainConfig
+    ranks: Ranks
+    data: Data
+    questions: hellaswag.Questions  # this rank's share of the examples
+    raw_model: GPT  # not compiled, so it takes batches of any shape: HellaSwag, samples, saving
+    model: torch.nn.Module  # the same weights, compiled and in DDP: learns from batches (B, T)
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    autocast: torch.autocast
+    precision: str
+    log: metrics.Log
 
 
 def open_data(config: TrainConfig, ranks: Ranks) -> Data:
     """Raises UserError if the shards, the tokenizer or HellaSwag can't be had, before anything is
     written."""
-    layout = (
-        config.seq_len,
-        config.batch_size,
-        config.total_batch_size,
-        ranks.rank,
-        ranks.world_size,
-    )
-    pin_memory = ranks.device.type == "cuda"
-    shuffle = config.seed if config.shuffle else None
-    train = TokenLoader(config.data_dir, "train", *layout, pin_memory=pin_memory, shuffle=shuffle)
-    val = (
-        TokenLoader(config.data_dir, "val", *layout, pin_memory=pin_memory)
-        if config.val_every
-        else None
-    )
+
+    def open_split(split: str, shuffle: int | None = None) -> TokenLoader:
+        return TokenLoader(
+            config.data_dir, split, config.seq_len, config.batch_size or 1, config.total_batch_size,
+            ranks.rank, ranks.world_size, pin_memory=ranks.device.type == "cuda", shuffle=shuffle,
+        )  # fmt: skip
+
+    train = open_split("train", config.seed if config.shuffle else None)
+    val = open_split("val") if config.val_every else None
     val_steps = min(config.val_tokens // config.total_batch_size, val.steps) if val else 0
     examples = hellaswag.load_examples(config.hellaswag_data) if config.hellaswag_every else []
     return Data(train, val, val_steps, get_tokenizer(train.tokenizer), examples)
 
 
-def first_model(config: TrainConfig, loader: TokenLoader) -> GPT:
+def first_model(config: TrainConfig, ranks: Ranks, data: Data) -> GPT:
     """The model before its first update, on the CPU: new weights, or those of --init_from."""
-    given = {
-        name: getattr(config, name) for name in MODEL_FLAGS if getattr(config, name) is not None
-    }
+    n_vocab = data.tokenizer.n_vocab
+    given = {name: getattr(config, name) for name in MODEL_FLAGS}
+    given = {name: value for name, value in given.items() if value is not None}
     if config.init_from == "scratch":
-        padded = math.ceil(loader.n_vocab / 64) * 64  # GPUs like multiples of 64
+        padded = math.ceil(n_vocab / 64) * 64  # GPUs like multiples of 64
         torch.manual_seed(config.seed)
         try:
             model = GPT(GPTConfig(**{"vocab_size": padded, "block_size": config.seq_len} | given))
         except ValueError as error:
             raise UserError(f"--{error}") from None
     else:
-        model, tokenizer = load_model(config.init_from)
-        for name, value in given.items():
-            if value != (has := getattr(model.config, name)):
-                where = f"--init_from {config.init_from}, which has {has}"
-                raise UserError(f"--{name} {value} contradicts {where}: leave the flag out")
-        if tokenizer != loader.tokenizer:
-            raise UserError(
-                f"--init_from {config.init_from} reads {tokenizer} tokens, {config.data_dir} has {loader.tokenizer}"
+        opened = open_model(config.init_from, data.train.tokenizer)
+        if not opened.brings_tokenizer:
+            ranks.say(
+                f"{config.init_from} brings no tokenizer: its tokens are taken for those of "
+                f"{config.data_dir} ({data.tokenizer.name})"
             )
+        model = opened.model
+        for name, value in given.items():
+            has = getattr(model.config, name)
+            if value != has:
+                raise UserError(
+                    f"--{name} {value} contradicts --init_from {config.init_from}, which has "
+                    f"{has}: leave the flag out"
+                )
     if config.seq_len > model.config.block_size:
         raise UserError(
-            f"--seq_len {config.seq_len} is more than the model's block_size {model.config.block_size}"
+            f"--seq_len {config.seq_len} is more than the model's block_size "
+            f"{model.config.block_size}"
         )
-    if loader.n_vocab > model.config.vocab_size:
+    if n_vocab > model.config.vocab_size:
         raise UserError(
-            f"--vocab_size {model.config.vocab_size} is less than the tokenizer's {loader.n_vocab} tokens"
+            f"--vocab_size {model.config.vocab_size} is less than the tokenizer's {n_vocab} tokens"
         )
     return model
 
 
-def check_same_run(config: TrainConfig, data: dict, checkpoint: dict, path) -> None:
-    """Raise UserError naming each setting in which this run differs from the one it would
-    continue."""
-    if config.resume == "never":
-        raise UserError(
-            f"{config.log_dir} has checkpoints: choose another --log_dir, or --resume auto to go on from {path.name}"
-        )
+def check_same_run(config: TrainConfig, identity: dict, checkpoint: dict, path) -> None:
+    """Raise UserError naming each setting in which this run differs from the one it would continue.
+
+    identity: the data's, of TokenLoader. path: the checkpoint's, for the message.
+    """
     if "optimizer" not in checkpoint:
         raise UserError(
-            f"{path} has weights only, no run to continue: use --init_from {path} and another --log_dir"
+            f"{path} has weights only, no run to continue: use --init_from {path} and another "
+            "--log_dir"
         )
-    now, model = vars(config), vars(checkpoint["config"])
-    then = vars(TrainConfig()) | checkpoint["train_config"]  # older checkpoints lack newer flags
-    pairs = [
-        (name, then[name], now[name]) for name in now if name not in {*MAY_CHANGE, *MODEL_FLAGS}
-    ]
-    pairs += [(name, model[name], now[name]) for name in MODEL_FLAGS if now[name] is not None]
-    pairs += [
-        (f"data ({name})", checkpoint["data"].get(name), value) for name, value in data.items()
-    ]
-    differences = [
-        f"{name} was {before}, is {value}" for name, before, value in pairs if before != value
-    ]
+    then = checkpoint["train_config"]
+    model_then = vars(checkpoint["config"])
+    differences = []
+
+    def compare(name, before, now):
+        if before != now:
+            differences.append(f"{name} was {before}, is {now}")
+
+    for name, now in vars(config).items():
+        if name in MODEL_FLAGS:
+            compare(name, model_then[name], now if now is not None else model_then[name])
+        elif name not in MAY_CHANGE:
+            compare(name, then.get(name), now)
+    for name, now in identity.items():
+        compare(f"data ({name})", checkpoint["data"].get(name), now)
     if config.max_steps < then["max_steps"]:
         differences.append(
             f"max_steps was {then['max_steps']}, is {config.max_steps}, and may only grow"
@@ -279,250 +316,354 @@ def check_same_run(config: TrainConfig, data: dict, checkpoint: dict, path) -> N
     if differences:
         raise UserError(
             f"{path} is of a run with other settings: {'; '.join(differences)}.\n"
-            "HINT: choose another --log_dir for a new run, or give the old settings to continue this one"
+            "HINT: choose another --log_dir for a new run, or give the old settings to continue "
+            "this one"
         )
 
 
-def announce(config: TrainConfig, ranks: Ranks, data: Data, facts: dict, source) -> None:
-    """Print the run's model, data and machine, and what to know of its data, before the first
-    step."""
-    ranks.say(metrics.in_words(facts, source, data.train))
-    if data.train.manifest and not data.train.manifest["complete"]:
+def find_start(config: TrainConfig, ranks: Ranks, data: Data) -> Start:
+    """The state of the newest good checkpoint, or of a run before its first update."""
+    fastest = choose_precision(ranks.device, config.dtype)
+    newest = newest_checkpoint(config.log_dir)
+    if newest is None:
+        return Start(0, first_model(config, ranks, data), config.init_from, fastest)
+    checkpoint = newest.checkpoint
+    path = newest.path
+    check_same_run(config, data.train.identity(), checkpoint, path)
+    for reason in newest.damaged:
+        ranks.say(f"WARNING: {reason}: passed over")
+    if ranks.main:
+        link(path, NEWEST)  # a process that was killed may not have done it
+    ranks.say(f"going on from {path}, after {count(checkpoint['step'], 'step')}")
+    if checkpoint["precision"] != fastest:
         ranks.say(
-            f"WARNING: {config.data_dir} is not complete: a run can't go on after its data has grown"
+            f"the run began in {checkpoint['precision']} and goes on in it; "
+            f"a new one would take {fastest} here"
+        )
+    before = checkpoint["train_config"]["max_steps"]
+    if before != config.max_steps:
+        schedule = "decay" if config.schedule == "linear" else "cosine"
+        ranks.say(f"max_steps was {before}: from here the {schedule} ends at {config.max_steps}")
+    model = GPT(checkpoint["config"])
+    model.load_state_dict(checkpoint["model"])
+    return Start(
+        checkpoint["step"],
+        model,
+        str(path),
+        checkpoint["precision"],
+        checkpoint["optimizer"],
+        checkpoint["scaler"],
+    )
+
+
+def set_up(config: TrainConfig, ranks: Ranks, data: Data) -> tuple[Run, int]:
+    """The run and its first step: the state to go on from, model and optimizer, log."""
+    start = find_start(config, ranks, data)
+    raw_model = start.model
+    compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
+
+    prepare_device(ranks.device)
+    ranks.connect(config.timeout)
+    if config.batch_size is None:
+        half = start.precision != "float32"
+        shape = StepShape(raw_model.config, config.seq_len, half, compiled, config.recompute)
+        choose_batch_size(ranks, data, shape)
+    batch_tokens = 4 * data.train.B * config.seq_len  # fits, as no gradients are kept
+    questions = hellaswag.share_out(
+        data.examples, data.tokenizer, raw_model.config.block_size, ranks, batch_tokens
+    )
+    raw_model.to(ranks.device).train()
+    raw_model.loss = linear_cross_entropy
+    if config.recompute:
+        recompute_blocks(raw_model)
+    ranks.check_same(raw_model, start.step)
+    if config.optimizer == "muon":
+        optimizer = Muon(muon_groups(raw_model, config.weight_decay), config.max_lr)
+    else:
+        optimizer = raw_model.configure_optimizers(config.weight_decay, config.max_lr)
+    # float16 holds 6e-8 to 65504: scaling the loss keeps small gradients from 0; an overflow halves
+    # the scale
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=start.precision == "float16")
+    if start.optimizer is not None:
+        optimizer.load_state_dict(start.optimizer)
+        scaler.load_state_dict(start.scaler)
+    dtype = getattr(torch, start.precision)
+    autocast = torch.autocast(ranks.device.type, dtype, enabled=start.precision != "float32")
+    model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
+    if ranks.world_size > 1:
+        # averages gradients over the ranks
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    identity = data.train.identity()
+    facts = metrics.describe(vars(config), ranks, raw_model, identity, start.precision, compiled)
+    announce(config, ranks, data, facts, start.source)
+    log = metrics.Log(config.log_dir if ranks.main else None, start.step)
+    if ranks.main and start.step < config.max_steps:  # else it stays the machine's that trained it
+        metrics.write_run(config.log_dir, facts)
+    run = Run(
+        config, ranks, data, questions, raw_model, model, optimizer, scaler, autocast,
+        start.precision, log,
+    )  # fmt: skip
+    return run, start.step
+
+
+def choose_batch_size(ranks: Ranks, data: Data, shape: StepShape) -> None:
+    """Let the loaders have the largest micro-batches that fit: the same on every rank, and the
+    result is the same whatever they are. Raises UserError if not even one sequence fits."""
+    share = data.train.micro_steps * data.train.B  # sequences of this process in a step
+    if ranks.device.type == "cuda":
+        free = ranks.min(free_memory(ranks.device))
+        batch_size = fitting_batch_size(shape, share, free)
+    else:  # its memory is the machine's, and larger batches would hardly be faster
+        batch_size = math.gcd(share, 8)
+    if batch_size == 0:
+        need = step_memory(shape, 1) / 1e9
+        raise UserError(
+            f"a step with one sequence of {shape.seq_len:,} tokens takes {need:.1f} GB, and the "
+            f"GPU has {free / 1e9:.1f} GB free.\nHINT: {what_fits(shape, share, free)}; "
+            "--batch_size 1 tries it all the same"
+        )
+    data.train.set_batch_size(batch_size)
+    if data.val:
+        data.val.set_batch_size(batch_size)
+
+
+def what_fits(shape: StepShape, share: int, free: float) -> str:
+    """What needs less memory and fits: --recompute, else the largest smaller preset."""
+    recomputed = dataclasses.replace(shape, recompute=True)
+    if batch_size := fitting_batch_size(recomputed, share, free):
+        return f"--recompute needs far less, {count(batch_size, 'sequence')} would fit"
+    for preset in ("gpt2-large", "gpt2-medium", "gpt2"):
+        flags = {name: PRESETS[preset][name] for name in MODEL_FLAGS if name in PRESETS[preset]}
+        model = GPTConfig(shape.model.block_size, shape.model.vocab_size, **flags)
+        smaller = dataclasses.replace(recomputed, model=model)
+        if model.n_layer < shape.model.n_layer and fitting_batch_size(smaller, share, free):
+            return f"--preset {preset} --recompute would fit"
+    return "a smaller model would fit (--n_layer, --n_embd)"
+
+
+def announce(
+    config: TrainConfig, ranks: Ranks, data: Data, facts: metrics.RunFacts, source: str
+) -> None:
+    """Print the run's model, data and machine, and what to know of its data.
+
+    source: where the weights are from.
+    """
+    model = GPTConfig(**facts.model)
+    train = data.train
+    epochs = config.max_steps * config.total_batch_size / train.tokens
+    ranks.say(
+        f"model: {facts.parameters:,} parameters from {source}; {count(model.n_layer, 'layer')}, "
+        f"{count(model.n_head, 'head')}, {count(model.n_embd, 'channel')}, {model.block_size} "
+        f"tokens of context, a vocabulary of {model.vocab_size}"
+    )
+    ranks.say(
+        f"data: {train.tokens:,} tokens ({data.tokenizer.name}) to learn from in "
+        f"{config.data_dir}; {count(config.max_steps, 'step')} of {config.total_batch_size:,} are "
+        f"{epochs:.2f} epochs"
+    )
+    ranks.say(
+        f"machine: {facts.hardware}, {facts.precision}, "
+        f"{'compiled' if facts.compiled else 'not compiled'}; a step is "
+        f"{count(train.micro_steps, 'micro-batch')} of {train.B} x {train.T} tokens for each "
+        "process"
+    )
+    for note in train.notes:
+        ranks.say(note)
+    if train.manifest is None:
+        ranks.say(f"{config.data_dir} has no manifest.json: its tokens are taken for gpt2's")
+    elif not train.manifest.complete:
+        ranks.say(
+            f"WARNING: {config.data_dir} is not complete: "
+            "a run can't go on after its data has grown"
         )
     if config.warmup_steps > config.max_steps:
         ranks.say(
-            f"WARNING: --warmup_steps {config.warmup_steps} > --max_steps {config.max_steps}: none has --max_lr"
+            f"WARNING: --warmup_steps {config.warmup_steps} > --max_steps {config.max_steps}: "
+            "no step has --max_lr"
         )
-    if data.val and (tokens := data.val_steps * data.val.step_tokens) != config.val_tokens:
+    if data.val and data.val_steps * data.val.step_tokens != config.val_tokens:
         ranks.say(
-            f"validation uses {tokens:,} tokens: the whole steps in --val_tokens {config.val_tokens:,} and in the "
-            f"{data.val.tokens:,} of the validation shards"
+            f"validation uses {data.val_steps * data.val.step_tokens:,} tokens: the whole steps in "
+            f"--val_tokens {config.val_tokens:,} and in the {data.val.tokens:,} of the validation "
+            "shards"
         )
 
 
 # ---- what the loop calls
 
 
-def evaluate(
-    step: int,
-    config: TrainConfig,
-    ranks: Ranks,
-    data: Data,
-    questions,
-    model,
-    raw_model: GPT,
-    autocast,
-    log,
-):
-    """Validation, HellaSwag and samples, as far as they are due: {stream: value}, logged, or None
-    if a signal came."""
-    every = config.val_every, config.hellaswag_every, config.sample_every
-    validating, scoring, sampling = (due(step, steps, config.max_steps) for steps in every)
-    measured, start, n = {}, time.time(), len(data.examples)
-    if validating:
-        if (loss := validation_loss(model, data, ranks, autocast)) is None:
-            return None
-        measured["val"] = loss
+def evaluation_due(step: int, config: TrainConfig) -> bool:
+    every = (config.val_every, config.hellaswag_every, config.sample_every)
+    return any(due(step, steps, config.max_steps) for steps in every)
+
+
+def evaluate(run: Run, step: int) -> dict[str, float]:
+    """Validation, HellaSwag and samples, as far as they are due: {stream: value}, logged.
+
+    A signal cuts it short: then nothing is logged, and {} is returned.
+    """
+    config = run.config
+    ranks = run.ranks
+    start = time.perf_counter()
+    measured = {}
+    if due(step, config.val_every, config.max_steps):
+        measured["val"] = validation_loss(run)
+    if due(step, config.hellaswag_every, config.max_steps):
+        n = len(run.data.examples)
+        measured["hella"] = hellaswag.score(run.raw_model, run.questions, n, ranks, run.autocast)
+    if ranks.stopping():
+        return {}
+    if "val" in measured:
+        tokens = run.data.val_steps * run.data.val.step_tokens
+        ranks.say(f"step {step:5d} | validation loss {measured['val']:.4f} on {tokens:,} tokens")
+    if "hella" in measured:
+        examples = count(len(run.data.examples), "example")
         ranks.say(
-            f"step {step:5d} | validation loss {loss:.4f} on {data.val_steps * data.val.step_tokens:,} tokens"
+            f"step {step:5d} | HellaSwag acc_norm {measured['hella']:.4f} "
+            f"(style completion, {examples})"
         )
-    if scoring:
-        if (score := hellaswag.score(raw_model, questions, n, ranks, autocast)) is None:
-            return None
-        measured["hella"] = score
-        ranks.say(
-            f"step {step:5d} | HellaSwag acc_norm {score:.4f} (style completion, {count(n, 'example')})"
-        )
-    if sampling and ranks.main:
-        ranks.say(show_samples(raw_model, data.encoding, autocast))
-    if validating or scoring or sampling:
-        log.write(step, **measured, eval_s=time.time() - start)
-    if validating and ranks.main:
+    if due(step, config.sample_every, config.max_steps) and ranks.main:
+        ranks.say(show_samples(run.raw_model, run.data.tokenizer, run.autocast))
+    run.log.write(step, **measured, eval_s=time.perf_counter() - start)
+    if "val" in measured and ranks.main:
         try:
-            metrics.plot(config.log_dir)
+            metrics.plot(config.log_dir, run.log.curve)
         except OSError as error:
-            ranks.say(f"WARNING: {error}; the curve is not drawn")
+            ranks.say(f"WARNING: the curve is not drawn: {error}")
     return measured
 
 
 @torch.no_grad()
-def validation_loss(model, data: Data, ranks: Ranks, autocast) -> float | None:
+def validation_loss(run: Run) -> float:
     """Mean loss in nats per token over the first val_steps steps of the validation stream, on all
-    ranks together; None if a signal came meanwhile."""
-    total = torch.zeros((), device=ranks.device)
-    for step in range(data.val_steps):
-        for x, y in data.val.batches(step):
-            if ranks.stopping():
-                return None
-            with autocast:
-                _, loss = model(
-                    x.to(ranks.device, non_blocking=True), y.to(ranks.device, non_blocking=True)
+    ranks together. Once a signal asks the run to stop, the rest is left out."""
+    val = run.data.val
+    device = run.ranks.device
+    micro_batches = run.data.val_steps * val.micro_steps * run.ranks.world_size
+    total = torch.zeros((), device=device)
+    for step in range(run.data.val_steps):
+        for x, y in val.batches(step):
+            if run.ranks.stopping():
+                return math.nan
+            with run.autocast:
+                _, loss = run.model(
+                    x.to(device, non_blocking=True), y.to(device, non_blocking=True)
                 )
-            total += loss / (data.val_steps * data.val.micro_steps * ranks.world_size)
-    return ranks.sum(total).item()
+            total += loss / micro_batches
+    return run.ranks.sum(total).item()
 
 
-def save(
-    config: TrainConfig, ranks: Ranks, log: metrics.Log, state: dict, best: bool = False
-) -> bool:
-    """Save the state on the main rank. False if the disk did not take it, which costs this save and
-    not the run."""
-    if not ranks.main:
-        return True
-    start, step = time.time(), state["step"]
-    try:
-        log.sync()
-        path = save_checkpoint(config.log_dir, state, best)
-    except OSError as error:
-        ranks.say(
-            f"WARNING: saving step {step} in {config.log_dir}: {error}; earlier checkpoints are intact"
-        )
+def is_best(run: Run, measured: dict[str, float]) -> bool:
+    """With --keep_best: whether this validation is the lowest in log.txt, on every rank alike."""
+    if not run.config.keep_best or not math.isfinite(measured.get("val", math.nan)):
         return False
-    for problem in [] if best else remove_older(config.log_dir, step, config.keep_every):
-        ranks.say(f"WARNING: an older checkpoint could not be removed: {problem}")
-    if not best:
-        log.write(step, save_s=time.time() - start)
-    ranks.say(f"saved {path} in {time.time() - start:.1f} s")
-    return True
+    lowest = False
+    if run.ranks.main:  # which has the log
+        losses = [loss for _, loss in run.log.curve.val]  # the last one is this
+        lowest = losses[-1] < min(losses[:-1], default=math.inf)
+    return bool(run.ranks.max(lowest))
+
+
+def keep_best(run: Run, step: int) -> None:
+    """Link model_best.pt to the checkpoint of this step, unless the disk had no room for it."""
+
+    def link_it():
+        if path := checkpoint_paths(run.config.log_dir).get(step):
+            link(path, BEST)
+
+    run.ranks.on_main(link_it)
+
+
+def save(run: Run, step: int, last: bool) -> None:
+    """Save the state after `step` updates, by the main rank; the others wait.
+
+    A disk that does not take it costs this save and not the run, but for the last one. Raises
+    UserError on every rank: then, and for weights that are not finite.
+    """
+    config = run.config
+    state = {
+        "model": run.raw_model.state_dict(),
+        "config": run.raw_model.config,
+        "step": step,
+        "tokenizer": run.data.tokenizer.state,
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "precision": run.precision,
+        "train_config": vars(config),
+        "data": run.data.train.identity(),
+    }
+
+    def write():
+        start = time.perf_counter()
+        run.log.sync()
+        path = save_checkpoint(config.log_dir, state)
+        seconds = time.perf_counter() - start
+        run.ranks.say(f"saved {path} in {seconds:.1f} s")
+        try:
+            remove_older(config.log_dir, step, config.keep_every)
+        except OSError as error:
+            run.ranks.say(f"WARNING: an older checkpoint could not be removed: {error}")
+        run.log.write(step, save_s=seconds)
+
+    try:
+        run.ranks.on_main(write)
+    except OSError as error:
+        if last:
+            raise UserError(
+                f"the last checkpoint could not be saved: {error}\n"
+                "HINT: make room and run the same command again",
+                code=1,
+            ) from None
+        run.ranks.say(f"WARNING: {error}; earlier checkpoints are intact, the run goes on")
 
 
 # ---- the run
 
 
-def state_to_go_on_from(config: TrainConfig, ranks: Ranks, data: Data) -> tuple[GPT, dict]:
-    """(model on the CPU, the rest of the state) of the newest good checkpoint, or of a run before
-    its first update."""
-    state, path, damaged = newest_checkpoint(config.log_dir)
-    precision = ranks.precision(config.dtype)
-    if state is None:
-        state = {"step": 0, "val_loss": None, "val_step": None, "precision": precision}
-        return first_model(config, data.train), state | {"source": config.init_from}
-    if "precision" not in state and config.dtype == "auto" and ranks.device.type == "cpu":
-        precision = "float32"  # older checkpoints don't name theirs; on a CPU it was this
-    state.setdefault("precision", precision)
-    check_same_run(config, data.train.identity(), state, path)
-    for reason in damaged:
-        ranks.say(f"WARNING: {reason}: passed over")
-    if (
-        ranks.main and path.with_name(NEWEST).resolve() != path.resolve()
-    ):  # killed before it was moved, or damaged
-        point_newest(path)
-    ranks.say(f"going on from {path}, after {count(state['step'], 'step')}")
-    if state["precision"] != precision:
-        ranks.say(
-            f"the run began in {state['precision']} and goes on in it; a new one would take {precision} here"
-        )
-    if (before := state["train_config"]["max_steps"]) != config.max_steps:
-        schedule = config.schedule.replace("linear", "decay")
-        ranks.say(f"max_steps was {before}: from here the {schedule} ends at {config.max_steps}")
-    model = GPT(state["config"])
-    model.load_state_dict(state.pop("model"))
-    return model, state | {"source": path}
-
-
-def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
-    """Start the run, or go on from its newest checkpoint, to max_steps or until a signal. Returns
-    the exit code."""
-    raw_model, state = state_to_go_on_from(config, ranks, data)
-    first_step, precision, val_loss = state["step"], state["precision"], state["val_loss"]
-    val_step = state.get("val_step", first_step)  # older checkpoints lack it
-    questions = hellaswag.share_out(
-        data.examples, data.encoding, raw_model.config.block_size, ranks
-    )
-
-    # ---- model and optimizer
-    ranks.connect(config.timeout)
-    raw_model.to(ranks.device).train()
-    raw_model.recompute = config.recompute
-    ranks.check_same(raw_model, first_step)
-    lowest = ranks.max(
-        best_loss(config.log_dir) if first_step else math.inf
-    ).item()  # validation loss of model_best.pt
-    optimizer = raw_model.configure_optimizers(
-        config.weight_decay, config.max_lr, config.optimizer == "muon"
-    )
-    # float16 holds 6e-8 to 65504: scaling the loss keeps small gradients from 0; an overflow halves
-    # the scale
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision == "float16")
-    if first_step:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state.get("scaler", {}))
-    autocast = torch.autocast(
-        ranks.device.type, getattr(torch, precision), enabled=precision != "float32"
-    )
-    compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
-    # model learns, in the one shape of a micro-batch; raw_model, the same weights, takes all shapes
-    # and is saved
-    model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
-    if ranks.world_size > 1:
-        model = DistributedDataParallel(
-            model, gradient_as_bucket_view=True
-        )  # averages gradients over the ranks
-
-    # ---- log
-    facts = metrics.describe(
-        vars(config), ranks, raw_model, data.train.identity(), precision, compiled
-    )
-    announce(config, ranks, data, facts, state["source"])
-    del state  # gigabytes
-    evaluations = {"val": config.val_every, "hella": config.hellaswag_every}
-    not_again = [
-        name for name, every in evaluations.items() if not due(first_step, every, config.max_steps)
-    ]
-    log = metrics.Log(config.log_dir if ranks.main else None, first_step, not_again)
-    speed = metrics.Speed(raw_model.config, config, ranks, precision)
-    if ranks.main:
-        metrics.write_run(config.log_dir, facts)
+def train(run: Run, first_step: int) -> int:
+    """Learn from first_step to max_steps, or until a signal. Returns the exit code."""
+    config = run.config
+    ranks = run.ranks
+    data = run.data
+    raw_model = run.raw_model
+    model = run.model
+    optimizer = run.optimizer
+    scaler = run.scaler
+    speed = metrics.Speed(raw_model.config, config, ranks, run.precision)
     ranks.signals.listen()
-    constant = {"config": raw_model.config, "train_config": vars(config), "precision": precision}
-    constant |= {"tokenizer": data.train.tokenizer, "data": data.train.identity()}
+    stop = 0  # the signal that asks the run to stop; 0: none
+    skips = 0  # updates skipped in a row
+    printed = 0.0  # when the last line was
 
-    # ---- the loop. step counts the updates made; after the last one there is one more turn, to
-    # evaluate and save
-    stop, skips, saved, printed = False, 0, True, 0.0
+    # step counts the updates made; after the last one there is one more turn, to evaluate and save.
+    # The state of first_step is on the disk already, or it is a new run's
     for step in range(first_step, config.max_steps + 1):
-        measured = (
-            None
-            if stop
-            else evaluate(step, config, ranks, data, questions, model, raw_model, autocast, log)
-        )
-        stop = measured is None
-        best = not stop and config.keep_best and measured.get("val", math.inf) < lowest
-        if not stop and "val" in measured:
-            val_loss, val_step = measured["val"], step
-        last = step == config.max_steps or stop
-        saving = (last or due(step, config.save_every, config.max_steps)) and step > first_step
-        if saving or best:
+        measured = {}
+        if not stop and evaluation_due(step, config):
+            measured = evaluate(run, step)
+            stop = int(ranks.stopping())
+        last = stop > 0 or step == config.max_steps
+        best = is_best(run, measured)
+        if step > first_step and (last or best or due(step, config.save_every, config.max_steps)):
             ranks.check_same(raw_model, step)
-            state = constant | {
-                "step": step,
-                "val_loss": val_loss,
-                "val_step": val_step,
-                "scaler": scaler.state_dict(),
-            }
-            state |= {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict()}
-            if best:
-                failed = ranks.max(not save(config, ranks, log, state, best))
-                lowest = lowest if failed else val_loss
-            saved = save(config, ranks, log, state) if saving else saved
+            save(run, step, last)
+        if best:
+            keep_best(run, step)
         if last:
             break
 
-        start, lr = time.time(), get_lr(step, config)
+        start = time.perf_counter()
+        lr = get_lr(step, config)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_factor", 1.0)
+            group["lr"] = lr * group.get("lr_factor", 1.0)  # Muon's token table learns faster
         loss_sum = torch.zeros((), device=ranks.device)
         for micro_step, (x, y) in enumerate(data.train.batches(step)):
-            x, y = (
-                x.to(ranks.device, non_blocking=True),
-                y.to(ranks.device, non_blocking=True),
-            )  # (B, T)
-            # gradients add up on each rank; the backward pass of the last micro-batch averages them
-            # over the ranks
+            x = x.to(ranks.device, non_blocking=True)  # (B, T)
+            y = y.to(ranks.device, non_blocking=True)  # (B, T)
+            # gradients add up on each rank; the last micro-batch averages them over the ranks
             model.require_backward_grad_sync = micro_step == data.train.micro_steps - 1
-            with autocast:
+            with run.autocast:
                 _, loss = model(x, y)
             scaler.scale(loss / data.train.micro_steps).backward()
             loss_sum += loss.detach() / (data.train.micro_steps * ranks.world_size)
@@ -530,18 +671,17 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip)
         # the step's one wait for the GPU. All ranks stop after the same step, whichever of them had
         # the signal
-        loss, norm, stop = torch.stack((ranks.sum(loss_sum), norm, ranks.stopping())).tolist()
-        if math.isfinite(loss) and math.isfinite(
-            norm
-        ):  # both are over all ranks, so each of them decides the same
+        step_values = torch.stack((ranks.sum(loss_sum), norm, ranks.stopping()))
+        loss, norm, stop = step_values.tolist()
+        # loss and norm are over all ranks, so each of them decides the same
+        if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step()
             skips = 0
         else:
-            if (
-                scaler.get_scale() <= 1
-            ):  # above 1, which only float16 has, overflows are normal: they lower it
+            # a loss scale above 1, which only float16 has, overflows now and then: that lowers it
+            if scaler.get_scale() <= 1:
                 skips += 1
-            log.write(step, skipped=1)
+            run.log.write(step, skipped=1)
             ranks.say(
                 f"step {step:5d} | loss {loss} norm {norm}: not finite, the update is skipped"
             )
@@ -549,39 +689,43 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
         optimizer.zero_grad()
         if skips == SKIPS_IN_A_ROW:
             raise UserError(
-                NOT_FINITE.format(skips=skips, step=step, log_dir=config.log_dir), code=1
+                f"loss or gradient were not finite {skips} times in a row, up to step {step}.\n"
+                f"HINT: --init_from {config.log_dir} (its last good weights, if saved), another "
+                "--log_dir, a lower --max_lr or --dtype float32",
+                code=1,
             )
-        log.write(step, train=loss, lr=lr, norm=norm, **speed.measure(time.time() - start))
-        if (
-            time.time() - printed > 1 or step + 1 == config.max_steps
-        ):  # a line a second is enough to read
-            printed, left = time.time(), config.max_steps - step - 1
-            ranks.say(
-                f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {speed.line(left)}"
-            )
+        timings = speed.measure(time.perf_counter() - start)
+        run.log.write(step, train=loss, lr=lr, norm=norm, **timings)
+        # a line a second is enough to read
+        if time.perf_counter() - printed > 1 or step + 1 == config.max_steps:
+            printed = time.perf_counter()
+            rate = speed.line(config.max_steps - step - 1)
+            ranks.say(f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {rate}")
+    return report_end(run, first_step, step, int(stop))
 
-    # ---- the end. All wait here for rank 0's save: torchrun ends a rank half a minute after
-    # another one has left
-    if ranks.max(not saved):
-        raise UserError(
-            f"the last checkpoint could not be saved in {config.log_dir}: make room and rerun",
-            code=1,
-        )
+
+def report_end(run: Run, first_step: int, step: int, stop: int) -> int:
+    """Say how the run ended and what comes next. stop: the signal that ended it; 0: none.
+
+    Returns the exit code.
+    """
+    ranks = run.ranks
+    log_dir = run.config.log_dir
     if stop:
-        number = signal.Signals(int(ranks.stopping()))
-        after = count(step, "step") + (", saved" if step else "")
-        ranks.say(f"stopped by {number.name} after {after}; the same command goes on from here")
-        return 128 + number
-    if first_step == config.max_steps:
+        saved = ", saved" if step else ""
+        ranks.say(
+            f"stopped by {signal.Signals(stop).name} after {count(step, 'step')}{saved}; "
+            "the same command goes on from here"
+        )
+        return 128 + stop
+    if first_step == run.config.max_steps:
         ranks.say(f"finished at step {step}: raise --max_steps or choose another --log_dir")
     else:
-        ranks.say(
-            f"done: {count(step, 'step')}, peak memory {ranks.peak_memory():.1f} GB per process"
-        )
-    path = f"{config.log_dir}/model_checkpoint.pt"
-    ranks.say(
-        f"next: python sample.py --model {path}\n      python export.py --model {path} --out GPT124M"
-    )
+        peak = peak_memory(ranks.device)
+        ranks.say(f"done: {count(step, 'step')}, peak memory {peak:.1f} GB per process")
+    path = shlex.quote(f"{log_dir}/{NEWEST}")
+    ranks.say(f"next: python sample.py --model {path}")
+    ranks.say(f"      python export.py --model {path} --out GPT124M")
     return 0
 
 
@@ -589,14 +733,13 @@ def train(config: TrainConfig, ranks: Ranks, data: Data) -> int:
 def main(argv=None) -> int:
     config = parse(TrainConfig, argv, __doc__, PRESETS)
     check_config(config)
-    with Ranks(config.device) as ranks, explain_out_of_memory(config.batch_size, config.recompute):
+    with Ranks(config.device) as ranks:
         data = open_data(config, ranks)
-        with (
-            only_writer(config.log_dir, "*.pt", "log.txt", "run.json", "*.png")
-            if ranks.main
-            else nullcontext()
-        ):
-            return train(config, ranks, data)
+        written = ("*.pt", "log.txt", "run.json", "*.png")
+        writer = only_writer(config.log_dir, *written) if ranks.main else nullcontext()
+        with writer, explain_out_of_memory(data.train, config.recompute):
+            run, first_step = set_up(config, ranks, data)
+            return train(run, first_step)
 
 
 if __name__ == "__main__":

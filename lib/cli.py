@@ -100,7 +100,8 @@ def discard_output() -> None:
 
 def first_line(error: Exception) -> str:
     """The type of an error and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}"
+    lines = str(error).strip().splitlines() or ["no details"]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def count(n: int, noun: str) -> str:
@@ -111,14 +112,18 @@ def count(n: int, noun: str) -> str:
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
-        if unknown:
+        if unknown and not unknown[1].startswith("-"):
+            message = (
+                f"{unknown[1]} belongs to no flag: quote a text of several words, and a pattern, as"
+                " in '*.txt'"
+            )
+        elif unknown:
             near = difflib.get_close_matches(
                 unknown[1].split("=")[0], self._option_string_actions, n=1
             )
             message = f"unknown flag {unknown[1]}" + (f": did you mean {near[0]}?" if near else "")
-        raise UserError(
-            f"{message} (--help lists the flags of {os.path.basename(sys.argv[0]) or 'this script'})"
-        )
+        script = os.path.basename(sys.argv[0]) or "this script"
+        raise UserError(f"{message} (--help lists the flags of {script})")
 
 
 def parse(
@@ -196,9 +201,8 @@ def check_bounds(config) -> None:
         if kind is int and value < int(positive):
             raise UserError(f"--{name} is {value}: it must be at least {int(positive)}")
         if not (0 < value if positive else 0 <= value):
-            raise UserError(
-                f"--{name} is {value}: it must be a number {'above 0' if positive else 'of at least 0'}"
-            )
+            bound = "above 0" if positive else "of at least 0"
+            raise UserError(f"--{name} is {value}: it must be a number {bound}")
         if value >= 2**63:
             raise UserError(f"--{name} is {value}: it must be below 2^63")
 

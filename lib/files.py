@@ -26,12 +26,13 @@ CANNOT = {
     errno.EPERM,
     errno.EINVAL,
     errno.EBADF,
+    errno.ENODEV,
+    errno.EISDIR,
 }
-CANNOT |= {errno.ENODEV, errno.EEXIST, errno.EISDIR}
 
 
 @functools.cache
-def lacking(what: str, consequence: str) -> None:
+def warn_of_lack(what: str, consequence: str) -> None:
     """Warn, once in a process, of something that this file system does not have."""
     logging.getLogger("GPT124M").warning(
         "WARNING: this file system has no %s: %s", what, consequence
@@ -46,18 +47,7 @@ def if_possible(what: str, consequence: str):
     except OSError as error:
         if error.errno not in CANNOT:
             raise
-        lacking(what, consequence)
-
-
-def again_if_stale(function, *args, **options):
-    """function(*args, **options), which reads files; called once more after ESTALE. An NFS client
-    raises that when another machine has replaced a file, and asks the server anew the next time."""
-    try:
-        return function(*args, **options)
-    except OSError as error:
-        if error.errno != errno.ESTALE:
-            raise
-        return function(*args, **options)
+        warn_of_lack(what, consequence)
 
 
 @contextlib.contextmanager
@@ -84,15 +74,7 @@ def whole_file(path):
 
 def replace(temporary: Path, path: Path) -> None:
     """Give a file its final name, in place of the file that has it."""
-    try:
-        os.replace(temporary, path)
-    except FileExistsError:
-        lacking(
-            "renaming onto an existing name",
-            "a process that is killed meanwhile can leave neither file",
-        )
-        path.unlink()
-        os.replace(temporary, path)
+    os.replace(temporary, path)
     sync(path.parent)
 
 
@@ -119,7 +101,7 @@ def only_writer(directory, *names: str):
     """
     directory = Path(directory)
     try:
-        again_if_stale(directory.mkdir, parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         file = open(directory / ".lock", "a+")
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror}") from None
@@ -130,8 +112,8 @@ def only_writer(directory, *names: str):
         except OSError:
             file.seek(0)
             raise UserError(
-                f"{directory} is being written by {file.read().strip() or 'another process'}: wait for it, "
-                "or choose another directory"
+                f"{directory} is being written by {file.read().strip() or 'another process'}: "
+                "wait for it, or choose another directory"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -4,47 +4,27 @@ torchrun starts one process per GPU and tells each its rank. Without torchrun th
 its world_size is 1, and everything here stays inside it.
 """
 
-import contextlib
-import ctypes
 import datetime
 import errno
 import os
-import platform
-import resource
 import signal
-import sys
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
-from lib.cli import UserError, discard_output
+from lib.cli import UserError, count, discard_output
+from lib.device import choose_device, device_name
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device for --device: auto takes CUDA, then Apple's MPS, then the CPU. Raises UserError if
-    it is not there."""
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    kind = next(kind for kind, is_there in there.items() if is_there) if name == "auto" else name
-    if not there[kind]:
-        raise UserError(
-            f"--device {name}: this machine has none that torch can use; auto takes what there is"
-        )
-    if kind == "cuda" and local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"{local_rank + 1} processes or more, but {torch.cuda.device_count()} GPUs: lower --nproc_per_node"
-        )
-    return torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
-
-
 class Ranks:
-    """rank: this process's number among world_size. device: what it computes on. main: does it
-    print and write?"""
+    """The processes of a run, seen from one of them.
+
+    rank: this process's number among world_size. main: is it the one that prints and writes?
+    device: what it computes on. signals: those that ask this process to stop.
+    """
 
     def __init__(self, device: str):
         self.rank = int(os.environ.get("RANK", 0))
@@ -61,45 +41,28 @@ class Ranks:
         if dist.is_initialized() and not any(error):
             dist.destroy_process_group()
 
-    def precision(self, dtype: str) -> str:
-        """What --dtype means on this device: auto is the fastest that its hardware computes in
-        itself."""
-        if dtype != "auto":
-            return dtype
-        if (
-            self.device.type == "cuda"
-        ):  # from Ampere on; before, T4 and V100 have tensor cores for float16 only
-            return (
-                "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-            )
-        fast = self.device.type == "cpu" and (
-            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        )
-        return "bfloat16" if fast else "float32"
-
     def connect(self, timeout: int) -> None:
-        """Start the process group. Input errors come before this: no rank waits here for one that
-        has left."""
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")  # what stays in float32 may use TF32
-        if self.device.type == "cpu":
-            keep_freed_memory()
+        """Start the process group; timeout: seconds that ranks wait for each other.
+
+        Input errors come before this: no rank waits here for one that has left.
+        """
         if self.world_size > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
 
     def say(self, text: str) -> None:
-        """Print, on the main rank only. Output that can't be written is no reason to stop: log.txt
-        has the numbers."""
-        if self.main:
-            try:
-                print(text, flush=True)
-            except OSError as error:
-                if (
-                    error.errno != errno.ENOSPC
-                ):  # a closed terminal stays closed, a full disk may have room again
-                    discard_output()
+        """Print, on the main rank only.
+
+        Output that can't be written is no reason to stop: log.txt has the numbers. A closed
+        terminal stays closed, but a full disk may have room again.
+        """
+        if not self.main:
+            return
+        try:
+            print(text, flush=True)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                discard_output()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, summed over all ranks in place."""
@@ -108,30 +71,57 @@ class Ranks:
         return tensor
 
     def max(self, number: float) -> torch.Tensor:
-        """The largest of the ranks' numbers, as a tensor on the device: reading it waits for the
-        GPU."""
+        """The largest of the ranks' numbers, as a tensor on the device, whose reading waits for
+        the GPU."""
         tensor = torch.full((), float(number), device=self.device)
         if self.world_size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
+    def min(self, number: float) -> float:
+        """The smallest of the ranks' numbers, within a millionth."""
+        return number if self.world_size == 1 else -self.max(-number).item()
+
     def stopping(self) -> torch.Tensor:
-        """The signal that asks any rank to stop, as a tensor on the device; 0: none. It stays, once
-        it is there."""
+        """The signal that asks any rank to stop, as a tensor on the device; 0: none.
+
+        Once it is there, it stays.
+        """
         return self.max(self.signals.pending())
 
     def until_stopped(self, items: list):
-        """Yield the items until a signal asks any rank to stop. Every rank asks equally often, even
-        with fewer items: else the others would wait for its answer for ever."""
+        """Yield this rank's items until a signal asks any rank to stop.
+
+        Every rank asks equally often, even with fewer items than others: otherwise the others
+        would wait for its answer for ever.
+        """
         for number in range(int(self.max(len(items)))):
             if self.stopping():
                 return
             if number < len(items):
                 yield items[number]
 
+    def on_main(self, action: Callable[[], None]) -> None:
+        """Run action() on the main rank while the others wait for its end.
+
+        What it raises of OSError and UserError is raised on every rank, so that all decide alike.
+        """
+        outcome = [None]
+        if self.main:
+            try:
+                action()
+            except (OSError, UserError) as error:
+                outcome = [error]
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome)
+        if outcome[0] is not None:
+            raise outcome[0]
+
     def check_same(self, model: torch.nn.Module, step: int) -> None:
-        """Raise UserError, on every rank, if step or weights (by a checksum of their bits) are not
-        the same."""
+        """Compare step and weights (by a checksum of their bits) of all ranks.
+
+        Raises UserError, on every rank, if they are not the same.
+        """
         if self.world_size == 1:
             return
         sums = [parameter.detach().view(torch.int32).sum() for parameter in model.parameters()]
@@ -142,92 +132,57 @@ class Ranks:
         if len(set(steps)) > 1:
             raise UserError(
                 f"the ranks would go on after different steps, {steps}: nothing is written.\n"
-                "HINT: every machine must see the same --log_dir; if one sees its newest files late, try again",
+                "HINT: every machine must see the same --log_dir; "
+                "if one sees its newest files late, try again",
                 code=1,
             )
-        if different := [
-            rank for rank, theirs in enumerate(everyone) if not torch.equal(theirs, everyone[0])
-        ]:
+        different = [r for r in range(self.world_size) if not torch.equal(everyone[r], everyone[0])]
+        if different:
             raise UserError(
-                f"at step {step} the weights of ranks {different} differ from rank 0's: nothing is saved.\n"
-                "HINT: a GPU or its memory may be failing; the same command goes on from the last checkpoint",
+                f"at step {step} the weights of ranks {different} differ from rank 0's: "
+                "nothing is saved.\nHINT: a GPU or its memory may be failing; "
+                "the same command goes on from the last checkpoint",
                 code=1,
             )
 
     def hardware(self) -> str:
         """8 x NVIDIA A100-SXM4-80GB, or 1 x CPU with 2 threads"""
-        threads = f" with {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        threads = ""
+        if self.device.type == "cpu":
+            threads = f" with {count(torch.get_num_threads(), 'thread')}"
         return f"{self.world_size} x {device_name(self.device)}{threads}"
-
-    def peak_memory(self) -> float:
-        """The most memory that this process has used, in GB: the GPU's, or else the machine's."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 1e9
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-@contextlib.contextmanager
-def explain_out_of_memory(batch_size: int, recompute: bool):
-    """Turn a GPU's or a CPU's lack of memory into a UserError that says what needs less."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(
-            error
-        ):  # GPU's, CPU's
-            raise
-        hints = (
-            [f"--batch_size {2 ** (batch_size - 1).bit_length() // 2} needs about half"]
-            if batch_size > 1
-            else []
-        )
-        hints += [] if recompute else ["--recompute far less"]
-        hint = (
-            f"{' and '.join(hints)}; the result is the same" if hints else "choose a smaller model"
-        )
-        raise UserError(
-            f"the model at --batch_size {batch_size} does not fit into memory.\nHINT: {hint}",
-            alone=True,
-        ) from None
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: a step then reuses the memory of the one before, instead of
-    page-faulting it in."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
 class Signals:
-    """Turns the signals that would end the process into a note, so that the step can be finished
-    and saved first."""
+    """Turns the signals that would end the process into a note.
+
+    So the step can be finished and saved first.
+    """
 
     def __init__(self):
-        self.received, self.handlers, self.parent = 0, {}, os.getppid()
+        self.received = 0
+        self.handlers = {}
+        self.parent = os.getppid()
 
     def listen(self) -> None:
+        """Note STOP_SIGNALS from now on, but for a hangup that nohup ignores already."""
         for number in STOP_SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # started by nohup: a closed terminal is to change nothing
+                continue
             self.handlers[number] = signal.signal(number, self.note)
 
     def note(self, number, frame) -> None:
         self.received = number
 
     def pending(self) -> int:
-        """The signal that asks this process to stop; 0: none."""
+        """The signal that asks this process to stop; 0: none.
+
+        A torchrun that was killed can't send one any more: to lose it counts as SIGTERM.
+        """
         orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
-        return (
-            signal.SIGTERM if orphaned else self.received
-        )  # torchrun was killed, and can't send it any more
+        return signal.SIGTERM if orphaned else self.received
 
     def forget(self) -> None:
+        """Give the signals back to who had them before."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)

@@ -1,9 +1,9 @@
 """The tokens on disk: shards of uint16 tokens, the manifest beside them, and the loader that reads
 them back.
 
-    writer = ShardWriter("mydata", manifest)                                      # documents' tokens in
+    writer = ShardWriter("mydata", manifest, eot_token)                 # documents' tokens in
     loader = TokenLoader("mydata", "train", seq_len=1024, batch_size=8, total_batch_size=65536)
-    for x, y in loader.batches(step=0): ...                                       # (B, T) batches out
+    for x, y in loader.batches(step=0): ...                             # (B, T) batches out
 
 The shards of a split form one stream. Sequence i is its tokens i*T .. i*T+T, the last one only a
 target; step s is the sequences s*N .. (s+1)*N-1, N to a step. So a step depends on its number
@@ -13,25 +13,29 @@ Shapes: B sequences in a micro-batch (batch_size), T tokens in a sequence (seq_l
 """
 
 import concurrent.futures
+import dataclasses
+import functools
 import hashlib
 import json
-import os
 import re
+import shlex
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from lib.cli import UserError, first_line
-from lib.files import again_if_stale, if_possible, whole_file
-from lib.tokenizer import GPT2_TOKENS, get_tokenizer
+from lib.files import if_possible, whole_file
+from lib.tokenizer import GPT2_TOKENS
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"  # the data set of GPT-2's default run
-DATA_DIR, DEMO_DATA_DIR = "edu_fineweb10B", "demo/data"
-BIN_MAGIC, BIN_HEADER = (
-    20240520,
-    256 * 4,
-)  # llm.c's and modded-nanogpt's .bin shards; header in bytes
+DATA_DIR = "edu_fineweb10B"
+DEMO_DATA_DIR = "demo/data"
+OWN_TOKENIZER = "tokenizer.json"  # lies beside the manifest if it is neither gpt2 nor bytes
+BIN_MAGIC = 20240520  # llm.c's and modded-nanogpt's .bin shards: uint16 tokens of GPT-2
+BIN_MAGIC_LLAMA = 20240801  # llm.c's .bin shards of Llama 3: uint32 tokens
+BIN_HEADER = 256 * 4  # bytes
 
 
 def is_on_hub(data: dict) -> bool:
@@ -46,95 +50,92 @@ def public_name(data: dict) -> str | None:
     return dataset if dataset in (None, "pydoc") or is_on_hub(data) else Path(dataset).name
 
 
-# ---- the format ----
+# ---- the manifest ----
 
 
-def read_manifest(data_dir) -> dict | None:
+@dataclass(frozen=True)
+class ShardEntry:
+    """What the manifest says of a shard."""
+
+    file: str
+    tokens: int
+    documents: int  # that begin in it
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the generator goes on: at a batch of documents, the beginning of which may be in shards
+    already."""
+
+    file: int = 0  # number of the file in the list of the source's files
+    document: int = 0  # documents of that file before the batch
+    skipped: int = 0  # documents before the batch, in all files, that were left out
+    used: int = 0  # tokens of the batch that are in shards already
+
+
+@dataclass
+class Manifest:
+    """DATA_DIR/manifest.json: where the tokens come from, and which shards hold them. It has no
+    times, so that equal runs give equal bytes."""
+
+    dataset: str
+    name: str | None  # configuration of a Hub data set
+    revision: str | None  # commit of the Hub; number, size and digest of local files
+    split: str
+    text_field: str
+    tokenizer: str  # gpt2, bytes, or tokenizer.json: a file beside the manifest
+    vocab_size: int  # ids of the tokenizer
+    shard_size: int  # tokens in a shard, of which the last one may have fewer
+    shards: list[ShardEntry] = dataclasses.field(default_factory=list)
+    skipped: int = 0  # documents that were left out because they are no texts
+    position: Position | None = None  # None at the beginning, and when complete
+    complete: bool = False
+    tokenizer_sha256: str | None = None  # of tokenizer.json
+
+    @property
+    def tokens(self) -> int:
+        return sum(entry.tokens for entry in self.shards)
+
+
+def read_manifest(data_dir) -> Manifest | None:
     """DATA_DIR/manifest.json, or None where there is none. Raises UserError for one that can't be
     read."""
     path = Path(data_dir) / "manifest.json"
     try:
-        manifest = json.loads(again_if_stale(path.read_text))
-        if "shards" not in manifest:
-            raise ValueError("it lists no shards")
-        return manifest
+        content = json.loads(path.read_text())
+        content["shards"] = [ShardEntry(**entry) for entry in content["shards"]]
+        if content["position"] is not None:
+            content["position"] = Position(**content["position"])
+        return Manifest(**content)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} can't be read: {first_line(error)}") from None
 
 
-def open_shard(path: Path, tokens: int | None = None):
-    """The tokens of a .npy or .bin shard as a memory-mapped uint16 array (tokens,); where the file
-    system can't map files, as FileTokens. Raises UserError if the file is not a whole shard, or has
-    not as many tokens as given."""
-    size = 0
-    try:
-        size, (offset, count) = again_if_stale(os.path.getsize, path), read_header(path)
-        if size != offset + 2 * count:
-            raise UserError(f"{path} is damaged or cut short: its header says {count:,} tokens, its size "
-                            f"({size:,} bytes) {(size - offset) / 2:,.1f}")  # fmt: skip
-        if tokens not in (None, count):
-            raise UserError(f"{path} has {count:,} tokens, its manifest says {tokens:,}")
-        with if_possible("memory maps", f"the tokens of {path.parent} are read piece by piece"):
-            # a plain array, because each slice of a memmap is a new memmap, which takes longer to
-            # make
-            return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(count,)))
-        return FileTokens(path, offset, count)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError, EOFError, OverflowError) as error:
+def write_manifest(data_dir, manifest: Manifest) -> None:
+    content = dataclasses.asdict(manifest)
+    if manifest.tokenizer_sha256 is None:
+        del content["tokenizer_sha256"]
+    with whole_file(Path(data_dir) / "manifest.json") as file:
+        file.write(json.dumps(content, indent=1).encode() + b"\n")
+
+
+def find_tokenizer(data_dir, manifest: Manifest) -> str:
+    """What get_tokenizer takes for the tokens of a directory: "gpt2", "bytes", or the path of its
+    tokenizer.json. Raises UserError if that file is not the one that made the tokens."""
+    if manifest.tokenizer != OWN_TOKENIZER:
+        return manifest.tokenizer
+    path = Path(data_dir) / OWN_TOKENIZER
+    if not path.exists():
+        raise UserError(f"{path} is missing: the tokens of {data_dir} were made with it")
+    if sha256(path) != manifest.tokenizer_sha256:
         raise UserError(
-            f"{path} is damaged or cut short ({size:,} bytes): {first_line(error)}"
-        ) from None
-
-
-def read_header(path: Path) -> tuple[int, int]:
-    """(bytes before the first token, tokens) of a shard. Raises UserError if it is of another kind
-    or type."""
-    with open(path, "rb") as file:
-        if path.suffix == ".bin":
-            header = np.frombuffer(file.read(12), dtype="<i4")
-            if len(header) < 3 or header[0] != BIN_MAGIC or header[1] != 1:
-                raise UserError(
-                    f"{path} is not a shard: its header is {header.tolist()}, not [{BIN_MAGIC}, 1, tokens]"
-                )
-            return BIN_HEADER, int(header[2])
-        version = np.lib.format.read_magic(file)
-        read = (
-            np.lib.format.read_array_header_1_0
-            if version == (1, 0)
-            else np.lib.format.read_array_header_2_0
+            f"{path} is not the file that made the tokens of {data_dir}: its sha256 is not the"
+            " manifest's.\nHINT: restore it"
         )
-        shape, _, dtype = read(file)
-        if dtype != np.uint16 or len(shape) != 1:
-            raise UserError(
-                f"{path} is not a shard: it holds {dtype} {shape}, not uint16 (tokens,)"
-            )
-        return file.tell(), shape[0]
-
-
-class FileTokens:
-    """The tokens of a shard, read when they are asked for: slices of it are uint16 arrays."""
-
-    def __init__(self, path: Path, offset: int, count: int):
-        self.file, self.offset, self.count = open(path, "rb", buffering=0), offset, count
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, places: slice) -> np.ndarray:
-        start, stop, _ = places.indices(self.count)
-        parts, at, end = [], self.offset + 2 * start, self.offset + 2 * max(start, stop)
-        while at < end:
-            parts.append(os.pread(self.file.fileno(), end - at, at))  # may be less than asked for
-            if not parts[-1]:
-                raise UserError(f"{self.file.name} ends before token {stop:,}", alone=True)
-            at += len(parts[-1])
-        return np.frombuffer(b"".join(parts), dtype="<u2")
-
-    def max(self) -> int:
-        return max(int(self[i : i + 2**20].max()) for i in range(0, self.count, 2**20))
+    return str(path)
 
 
 def sha256(path) -> str:
@@ -145,20 +146,107 @@ def sha256(path) -> str:
     return digest.hexdigest()
 
 
-def verify(data_dir, manifest: dict):
-    """Check each shard against the manifest: presence, size, sha256, type and ids. Yields what is
-    wrong, or None."""
-    for entry in manifest["shards"]:
-        path, wrong = Path(data_dir) / entry["file"], None
-        try:
-            largest = open_shard(path, entry["tokens"]).max()
-            if sha256(path) != entry["sha256"]:
-                wrong = f"{path}: its sha256 is not the manifest's"
-            elif largest >= manifest["vocab_size"]:
-                wrong = f"{path}: token {largest} is not below the vocabulary's {manifest['vocab_size']}"
-        except UserError as error:
-            wrong = str(error)
-        yield wrong
+# ---- a shard ----
+
+
+def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
+    """The tokens of a .npy or .bin shard: uint16 (tokens,), memory-mapped, or in memory where the
+    file system can't map files.
+
+    A .bin file has llm.c's header, or is nanoGPT's train.bin or val.bin, which has none. Raises
+    UserError if the file is not a whole shard, or has not as many tokens as given.
+    """
+    try:
+        shard = read_npy(path) if path.suffix == ".npy" else read_bin(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged or cut short: {first_line(error)}") from None
+    if tokens not in (None, len(shard)):
+        raise UserError(f"{path} has {len(shard):,} tokens, its manifest says {tokens:,}")
+    return shard
+
+
+def read_npy(path: Path) -> np.ndarray:
+    with memory_maps(path):
+        shard = np.load(path, mmap_mode="r")
+        check_shard_type(path, shard)
+        check_size(path, shard.offset, len(shard))
+        return shard
+    with open(path, "rb") as file:
+        shard = np.load(file)
+        check_shard_type(path, shard)
+        check_size(path, file.tell() - shard.nbytes, len(shard))
+        return shard
+
+
+def check_shard_type(path: Path, shard) -> None:
+    if not isinstance(shard, np.ndarray) or shard.dtype != np.uint16 or shard.ndim != 1:
+        found = f"{shard.dtype} {shard.shape}" if isinstance(shard, np.ndarray) else type(shard)
+        raise UserError(f"{path} is not a shard: it holds {found}, not uint16 (tokens,)")
+
+
+def check_size(path: Path, offset: int, tokens: int) -> None:
+    size = path.stat().st_size
+    if size != offset + 2 * tokens:
+        raise UserError(
+            f"{path} is damaged or cut short: its header says {tokens:,} tokens, its size "
+            f"({size:,} bytes) {(size - offset) / 2:,.1f}"
+        )
+
+
+def read_bin(path: Path) -> np.ndarray:
+    header = np.fromfile(path, dtype="<i4", count=3).tolist()
+    if has_no_header(path, header):
+        if (path.parent / "meta.pkl").exists():
+            raise UserError(
+                f"{path} holds ids of a vocabulary of its own, which meta.pkl beside it describes"
+                " (nanoGPT's characters), not GPT-2's tokens.\n"
+                "HINT: make shards of the text itself with data_generator.py"
+            )
+        offset = 0
+        tokens = path.stat().st_size // 2
+    elif header[:2] == [BIN_MAGIC, 1] and len(header) == 3:
+        offset = BIN_HEADER
+        tokens = header[2]
+    elif header[:1] == [BIN_MAGIC_LLAMA]:
+        raise UserError(
+            f"{path} holds Llama 3's tokens (llm.c's magic number {BIN_MAGIC_LLAMA}, uint32), which"
+            " are not GPT-2's.\nHINT: make shards of the text itself with data_generator.py"
+        )
+    else:
+        raise UserError(
+            f"{path} is not a shard: its header is {header}, not [{BIN_MAGIC}, 1, tokens]"
+        )
+    check_size(path, offset, tokens)
+    with memory_maps(path):
+        return np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(tokens,))
+    return np.fromfile(path, dtype="<u2", offset=offset)
+
+
+def has_no_header(path: Path, header: list[int]) -> bool:
+    """Is this nanoGPT's train.bin or val.bin? Neither magic number can begin such a file: as two
+    tokens they are above GPT-2's vocabulary."""
+    return path.name in ("train.bin", "val.bin") and (
+        not header or header[0] not in (BIN_MAGIC, BIN_MAGIC_LLAMA)
+    )
+
+
+def memory_maps(path: Path):
+    return if_possible("memory maps", f"the tokens of {path.parent} are loaded a shard at a time")
+
+
+def verify_shard(data_dir, manifest: Manifest, entry: ShardEntry) -> None:
+    """Raises UserError if a shard is not what the manifest says: presence, size, type, sha256 and
+    ids."""
+    path = Path(data_dir) / entry.file
+    largest = open_shard(path, entry.tokens).max()
+    if sha256(path) != entry.sha256:
+        raise UserError(f"{path}: its sha256 is not the manifest's")
+    if largest >= manifest.vocab_size:
+        raise UserError(
+            f"{path}: token {largest} is not below the vocabulary's {manifest.vocab_size}"
+        )
 
 
 # ---- writing ----
@@ -166,75 +254,67 @@ def verify(data_dir, manifest: dict):
 
 class ShardWriter:
     """Cuts a stream of tokens into shards. Each is written whole, and then the manifest with the
-    position after it.
+    position after it."""
 
-    A position says where the stream goes on: the state of the source before a batch of documents,
-    and under "skip" how many of that batch's tokens are in shards already.
-    """
-
-    def __init__(self, data_dir, manifest: dict):
-        self.data_dir, self.manifest = Path(data_dir), manifest
-        self.tokens = sum(
-            shard["tokens"] for shard in manifest["shards"]
-        )  # so far, with the buffered
+    def __init__(self, data_dir, manifest: Manifest, eot_token: int):
+        self.data_dir = Path(data_dir)
+        self.manifest = manifest
+        self.eot_token = eot_token
+        self.tokens = manifest.tokens  # so far, with the buffered
         self.filled = 0
         try:
-            self.buffer = np.empty(manifest["shard_size"], dtype=np.uint16)
+            self.buffer = np.empty(manifest.shard_size, dtype=np.uint16)
         except (MemoryError, ValueError):
             raise UserError(
-                f"--shard_size {manifest['shard_size']}: a shard does not fit into this machine's memory; 100000000"
-                " takes 200 MB"
+                f"--shard_size {manifest.shard_size}: a shard does not fit into this machine's"
+                " memory; 100000000 takes 200 MB"
             ) from None
 
-    def add(self, tokens: np.ndarray, position: dict) -> None:
-        """Append a batch (tokens,) to the stream, from position["skip"] on. Raises UserError as
-        `write`."""
-        start = position["skip"]
+    def add(self, tokens: np.ndarray, position: Position) -> None:
+        """Append a batch (tokens,), which begins at the position, to the stream, without the tokens
+        that are in shards already. Raises UserError as `write`."""
+        start = position.used
         while start < len(tokens):
-            if self.filled == len(
-                self.buffer
-            ):  # and a token is left: the last shard is write(None)'s, full or not
-                self.write(position | {"skip": start})
+            # only if a token is left: the last shard, full or not, is written by `finish`
+            if self.filled == len(self.buffer):
+                self.write(dataclasses.replace(position, used=start), position.skipped)
             part = tokens[start : start + len(self.buffer) - self.filled]
             self.buffer[self.filled : self.filled + len(part)] = part
-            start, self.filled, self.tokens = (
-                start + len(part),
-                self.filled + len(part),
-                self.tokens + len(part),
-            )
+            start += len(part)
+            self.filled += len(part)
+            self.tokens += len(part)
 
-    def write(self, position: dict | None) -> None:
+    def finish(self, skipped: int) -> None:
+        """Write what is buffered as the last shard. skipped: documents that were left out."""
+        self.write(None, skipped)
+
+    def write(self, position: Position | None, skipped: int) -> None:
         """Write what is buffered as the next shard; position None: it is the last one.
 
         Raises UserError if the disk does not take it; what was there before is untouched.
         """
-        number, tokens = len(self.manifest["shards"]), self.buffer[: self.filled]
+        number = len(self.manifest.shards)
+        tokens = self.buffer[: self.filled]
         # the same prefix for every data set: the loader looks for train and val only
         path = self.data_dir / f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
-        documents = int(
-            np.count_nonzero(tokens == get_tokenizer(self.manifest["tokenizer"]).eot_token)
-        )
+        documents = int(np.count_nonzero(tokens == self.eot_token))
         try:
-            if (
-                self.filled
-            ):  # nothing is left where --max_tokens ends a continued run with its last whole shard
+            # nothing is left where --max_tokens ends a continued run with its last whole shard
+            if self.filled:
                 with whole_file(path) as file:
                     np.save(file, tokens)
-                entry = {
-                    "file": path.name,
-                    "tokens": len(tokens),
-                    "documents": documents,
-                    "sha256": sha256(path),
-                }
-                self.manifest["shards"].append(entry)
-            self.manifest |= {"position": position, "complete": position is None}
-            with whole_file(self.data_dir / "manifest.json") as file:
-                file.write(json.dumps(self.manifest, indent=1).encode() + b"\n")
+                entry = ShardEntry(path.name, len(tokens), documents, sha256(path))
+                self.manifest.shards.append(entry)
+            self.manifest.position = position
+            self.manifest.skipped = skipped
+            self.manifest.complete = position is None
+            write_manifest(self.data_dir, self.manifest)
         except OSError as error:
             raise UserError(
                 f"{path} can't be written: {error}; it needs {tokens.nbytes + 128:,} bytes, "
                 f"{shutil.disk_usage(self.data_dir).free:,} are free.\n"
-                f"HINT: the {number} shards before it are whole; make room and run the same command again",
+                f"HINT: the {number} shards before it are whole; make room and run the same command"
+                " again",
                 code=1,
             ) from None
         self.filled = 0
@@ -253,51 +333,78 @@ class TokenLoader:
     from while it computes. shuffle: None, or a seed by which each epoch has an order of its own.
     Raises UserError if the directory has no such shards, a bad one, or too few tokens for one step,
     or if a step can't be shared out evenly.
+
+    tokenizer: what get_tokenizer takes for these tokens; n_vocab: its number of ids; notes: what a
+    run has to say of files that are taken for something.
     """
 
     def __init__(
-        self, data_dir, split, seq_len, batch_size, total_batch_size, rank=0, world_size=1, *, pin_memory=False,
-        shuffle=None,
+        self, data_dir, split, seq_len, batch_size, total_batch_size, rank=0, world_size=1, *,
+        pin_memory=False, shuffle=None,
     ):  # fmt: skip
-        self.data_dir, self.T, self.B, self.rank, self.world_size = (
-            data_dir,
-            seq_len,
-            batch_size,
-            rank,
-            world_size,
-        )
-        self.pin_memory, self.shuffle = pin_memory, shuffle
-        self.micro_steps = count_micro_steps(seq_len, batch_size, total_batch_size, world_size)
-        self.step_tokens, self.sequences_per_step = total_batch_size, total_batch_size // seq_len
+        self.data_dir = data_dir
+        self.T = seq_len
+        self.rank = rank
+        self.world_size = world_size
+        self.pin_memory = pin_memory
+        self.shuffle = shuffle
+        self.step_tokens = total_batch_size
+        self.set_batch_size(batch_size)
+        self.sequences_per_step = total_batch_size // seq_len
         self.manifest = read_manifest(data_dir)
-        self.tokenizer = self.manifest["tokenizer"] if self.manifest else "gpt2"
-        self.n_vocab = self.manifest["vocab_size"] if self.manifest else GPT2_TOKENS
-        self.paths, self.shards = open_shards(data_dir, split, self.manifest)
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.tokenizer = find_tokenizer(data_dir, self.manifest) if self.manifest else "gpt2"
+        self.n_vocab = self.manifest.vocab_size if self.manifest else GPT2_TOKENS
+        self.paths = []
+        self.lengths = []
+        self.maps = []  # of each shard its memory map, or None where there are none
+        for path, tokens in find_shards(data_dir, split, self.manifest).items():
+            shard = open_shard(path, tokens)
+            if not len(shard):
+                continue
+            self.paths.append(path)
+            self.lengths.append(len(shard))
+            # the array below the map: each slice of a memmap is a new memmap, which takes longer
+            self.maps.append(np.asarray(shard) if isinstance(shard, np.memmap) else None)
+        self.notes = [
+            f"{path} has no header: it is taken for nanoGPT's, raw uint16 tokens of GPT-2"
+            for path in self.paths
+            if path.suffix == ".bin" and has_no_header(path, np.fromfile(path, "<i4", 1).tolist())
+        ]
+        self.load_shard = functools.lru_cache(maxsize=2)(open_shard)
+        self.ends = np.cumsum(self.lengths)
         self.tokens = int(self.ends[-1])
         self.sequences = (self.tokens - 1) // seq_len
-        self.steps = (
-            self.sequences // self.sequences_per_step
-        )  # whole ones, before a sequence comes a second time
+        # whole ones, before a sequence comes a second time
+        self.steps = self.sequences // self.sequences_per_step
         if self.steps == 0:
             raise UserError(
-                f"the {split} shards of {data_dir} have {self.tokens:,} tokens, one step needs {total_batch_size + 1:,}"
-                " (--total_batch_size and one): take a smaller one, or more data"
+                f"the {split} shards of {data_dir} have {self.tokens:,} tokens, one step needs "
+                f"{total_batch_size + 1:,} (--total_batch_size and one): take a smaller one, or"
+                " more data"
             )
+        self.epoch = None  # whose order is kept
         self.thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="tokens")
         self.ahead = {}  # (step, micro_step) -> future of the batch that will be wanted next
+
+    def set_batch_size(self, batch_size: int) -> None:
+        """Share a step out in micro-batches of so many sequences. Raises UserError if it can't be
+        shared out evenly."""
+        self.B = batch_size
+        self.micro_steps = count_micro_steps(self.T, self.B, self.step_tokens, self.world_size)
 
     def identity(self) -> dict:
         """What identifies the data, wherever the directory lies: a resumed run compares it with its
         checkpoint's."""
-        manifest = self.manifest or {"shards": []}
-        contents = [
-            (path.name, len(shard)) for path, shard in zip(self.paths, self.shards, strict=True)
-        ]
-        contents += [shard["sha256"] for shard in manifest["shards"]]
-        origin = {key: manifest.get(key) for key in ("dataset", "name", "revision")}
+        contents = [[path.name, n] for path, n in zip(self.paths, self.lengths, strict=True)]
+        origin = {"dataset": None, "name": None, "revision": None}
+        tokenizer = self.tokenizer
+        if self.manifest:
+            contents += [entry.sha256 for entry in self.manifest.shards]
+            origin = {key: getattr(self.manifest, key) for key in origin}
+            if self.manifest.tokenizer_sha256:
+                tokenizer = f"sha256:{self.manifest.tokenizer_sha256}"
         digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
-        return origin | {"tokenizer": self.tokenizer, "tokens": self.tokens, "sha256": digest}
+        return origin | {"tokenizer": tokenizer, "tokens": self.tokens, "sha256": digest}
 
     def batches(self, step: int):
         """Yield the micro-batches of this rank at a step: (x, y), each (B, T) int64; y is x one
@@ -310,9 +417,9 @@ class TokenLoader:
             future = self.ahead.pop((step, micro_step), None) or self.thread.submit(
                 self.read_batch, step, micro_step
             )
-            following = (
-                (step, micro_step + 1) if micro_step + 1 < self.micro_steps else (step + 1, 0)
-            )
+            following = (step, micro_step + 1)
+            if micro_step + 1 == self.micro_steps:
+                following = (step + 1, 0)
             self.ahead = {following: self.thread.submit(self.read_batch, *following)}
             yield future.result()
 
@@ -322,60 +429,56 @@ class TokenLoader:
         import torch
 
         first = step * self.sequences_per_step + (micro_step * self.world_size + self.rank) * self.B
-        parts = []
-        for start, n in self.spans(first):
-            tokens = self.read(start * self.T, n * self.T + 1)
-            parts.append((tokens[:-1].reshape(n, self.T), tokens[1:].reshape(n, self.T)))
-        x, y = (
-            torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True)
-        )  # (B, T) each
+        tokens = np.empty((self.B, self.T + 1), dtype=np.int64)
+        for row in range(self.B):
+            self.read_sequence(first + row, tokens[row])
+        x = torch.from_numpy(tokens[:, :-1].copy())  # (B, T)
+        y = torch.from_numpy(tokens[:, 1:].copy())  # (B, T)
         return (x.pin_memory(), y.pin_memory()) if self.pin_memory else (x, y)
 
-    def spans(self, first: int):
-        """The places in the stream of the B sequences from the one that is `first`, counted over
-        all epochs: yields (sequence of the stream, how many from there on)."""
+    def read_sequence(self, i: int, row: np.ndarray) -> None:
+        """Fill a row (T + 1,) with sequence i, counted over all epochs."""
+        epoch, place = divmod(i, self.sequences)
         if self.shuffle is not None:
-            for i in range(first, first + self.B):
-                epoch, place = divmod(i, self.sequences)
-                yield shuffled(place, self.sequences, f"{self.shuffle} {epoch}"), 1
-            return
-        end = first + self.B
-        while first < end:  # once, or twice where the stream begins again
-            start = first % self.sequences
-            n = min(end - first, self.sequences - start)
-            yield start, n
-            first += n
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens start .. start + count - 1 of the stream, as int64 (count,)."""
-        parts, shard = [], int(np.searchsorted(self.ends, start, side="right"))
-        while count:
-            offset = start - (int(self.ends[shard - 1]) if shard else 0)
-            part = self.shards[shard][offset : offset + count].astype(np.int64)
+            place = int(self.order(epoch)[place])
+        start = place * self.T
+        shard = int(np.searchsorted(self.ends, start, side="right"))
+        filled = 0
+        while filled <= self.T:  # once, or more often where the sequence goes on in the next shard
+            offset = start + filled - int(self.ends[shard] - self.lengths[shard])
+            part = self.shard(shard)[offset : offset + self.T + 1 - filled]
             if part.max() >= self.n_vocab:
-                raise UserError(
-                    f"{self.paths[shard]} has token {part.max()}, which is not below the vocabulary's "
-                    f"{self.n_vocab}: the file is damaged, or made with another tokenizer",
-                    alone=True,
-                )
-            parts.append(part)
-            start, count, shard = start + len(part), count - len(part), shard + 1
-        return np.concatenate(parts)
+                self.refuse_token(shard, offset, part)
+            row[filled : filled + len(part)] = part
+            filled += len(part)
+            shard += 1
 
+    def shard(self, number: int) -> np.ndarray:
+        """The tokens of a shard; without memory maps the two last ones stay in memory."""
+        if self.maps[number] is not None:
+            return self.maps[number]
+        return self.load_shard(self.paths[number])
 
-def shuffled(i: int, n: int, key: str) -> int:
-    """Place i of a permutation of 0 .. n-1 that follows from the key, without a table: a Feistel
-    network (Luby and Rackoff 1988) permutes 0 .. 4^bits - 1, at least n numbers, and is applied
-    again while the result is n or more."""
-    bits = max(1, ((n - 1).bit_length() + 1) // 2)
-    while True:
-        left, right = i >> bits, i & (2**bits - 1)
-        for number in range(4):
-            digest = hashlib.blake2b(f"{key} {number} {right}".encode(), digest_size=8).digest()
-            left, right = right, left ^ (int.from_bytes(digest, "little") & (2**bits - 1))
-        i = left << bits | right
-        if i < n:
-            return i
+    def refuse_token(self, shard: int, offset: int, part: np.ndarray):
+        at = int(np.argmax(part >= self.n_vocab))
+        raise UserError(
+            f"{self.paths[shard]} has token {part[at]}, which is not below the vocabulary's "
+            f"{self.n_vocab}, at place {offset + at:,}: the file is damaged, or made with another"
+            " tokenizer",
+            alone=True,
+        )
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The sequences in the order of an epoch, (sequences,). RandomState's numbers are the same
+        in every version of numpy."""
+        if self.epoch != epoch:
+            words = [self.shuffle % 2**32, epoch]
+            if self.shuffle >= 2**32:
+                words.append(self.shuffle // 2**32)
+            order = np.random.RandomState(words).permutation(self.sequences)
+            self.epoch_order = order.astype(np.uint32)
+            self.epoch = epoch
+        return self.epoch_order
 
 
 def count_micro_steps(seq_len: int, batch_size: int, total_batch_size: int, world_size: int) -> int:
@@ -388,34 +491,30 @@ def count_micro_steps(seq_len: int, batch_size: int, total_batch_size: int, worl
         B for B in range(1, batch_size + 1) if total_batch_size % (B * seq_len * world_size) == 0
     ]
     nearest = max(1, round(total_batch_size / per_micro_step)) * per_micro_step
+    fitting = f"--batch_size {fits[-1]}" if fits else f"--total_batch_size {nearest}"
     raise UserError(
-        f"--total_batch_size {total_batch_size} is not a multiple of --batch_size {batch_size} x --seq_len {seq_len}"
-        f" x {world_size} ranks = {per_micro_step}\n"
-        + (
-            f"HINT: --batch_size {fits[-1]} fits"
-            if fits
-            else f"HINT: --total_batch_size {nearest} fits"
-        )
+        f"--total_batch_size {total_batch_size} is not a multiple of --batch_size {batch_size} x "
+        f"--seq_len {seq_len} x {world_size} ranks = {per_micro_step}\nHINT: {fitting} fits"
     )
 
 
-def open_shards(data_dir, split: str, manifest: dict | None) -> tuple[list[Path], list[np.ndarray]]:
-    """(paths, tokens) of the shards of a split: those of the manifest, or without one all .npy and
-    .bin files. Raises UserError if there are none, with the command that makes them."""
+def find_shards(data_dir, split: str, manifest: Manifest | None) -> dict[Path, int | None]:
+    """{path: tokens} of the shards of a split: those of the manifest, or without one all .npy and
+    .bin files, whose tokens are not known. Raises UserError if there are none, with a command that
+    works."""
     if manifest:
-        listed = {Path(data_dir) / shard["file"]: shard["tokens"] for shard in manifest["shards"]}
+        listed = {Path(data_dir) / entry.file: entry.tokens for entry in manifest.shards}
     else:  # shards from elsewhere
-        listed = {
-            path: None
-            for path in sorted(Path(data_dir).glob("*"))
-            if path.suffix in (".npy", ".bin")
-        }
-    paths = [path for path in listed if split in path.name]
-    if not paths:
-        flags = {DATA_DIR: "", DEMO_DATA_DIR: " --preset demo"}.get(
-            str(data_dir), f" --data_dir {data_dir}"
-        )
-        raise UserError(
-            f"there are no {split} shards in {data_dir}: `python data_generator.py{flags}` makes them"
-        )
-    return paths, [open_shard(path, listed[path]) for path in paths]
+        paths = sorted(Path(data_dir).glob("*"))
+        listed = {path: None for path in paths if path.suffix in (".npy", ".bin")}
+    word = re.compile(rf"(?<![a-z]){split}(?![a-z])")  # medieval_train.npy is no validation shard
+    found = {path: tokens for path, tokens in listed.items() if word.search(path.name)}
+    if found:
+        return found
+    message = f"there are no {split} shards in {data_dir}"
+    if listed and split == "val":
+        raise UserError(f"{message}: --val_every 0 trains without validation")
+    flags = {DATA_DIR: "", DEMO_DATA_DIR: " --preset demo"}.get(
+        str(data_dir), f" --data_dir {shlex.quote(str(data_dir))}"
+    )
+    raise UserError(f"{message}: `python data_generator.py{flags}` makes them")

@@ -1,65 +1,449 @@
-"""The tokenizer: text to ids and back, the files that publish it, a prompt for samples, and what a
-token is called.
+"""The tokenizer: text to ids and back. One interface, so that nobody asks which kind it is.
 
-encoding = get_tokenizer("gpt2")                       # 50257 tokens; "bytes": 256 bytes and <|endoftext|>
-encoding.encode_ordinary("Hello")                      # [15496]
-tokenizer_files("gpt2", block_size=1024)               # tokenizer.json and its kin, for Hugging Face
+    tokenizer = get_tokenizer("gpt2")                  # 50257 tokens, by tiktoken
+    tokenizer = get_tokenizer("bytes")                 # 256 bytes and <|endoftext|>
+    tokenizer = get_tokenizer("esperanto")             # any tokenizer.json, by tokenizers
+    tokenizer.encode("Hello")                          # a list of ids
+    tokenizer.files(block_size=1024)                   # what publishes it in a Hugging Face folder
+
+Tokens are stored as uint16, so a tokenizer has fewer than 65,536 ids.
 """
 
-import functools
+import codecs
+import hashlib
 import json
+import os
+import re
+from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
-from lib.cli import UserError
+from lib.cli import UserError, first_line
 
-END_OF_TEXT = "<|endoftext|>"  # stands before each document
+END_OF_TEXT = "<|endoftext|>"
 GPT2_TOKENS = 50257
-# what a token is called, and a prompt that shows what a model has learned
-UNIT = {"gpt2": "token", "bytes": "byte"}
-PROMPT = {"gpt2": "Hello, I'm a language model,", "bytes": "Return the "}
+MOST_TOKENS = 2**16 - 1
+UNIT = {"gpt2": "token", "bytes": "byte"}  # what a token is called; of any other tokenizer: token
+# sha256 of OpenAI's encoder.json and vocab.bpe (tiktoken compares the same two)
+GPT2_VOCAB = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+GPT2_MERGES = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 
 
-@functools.cache
-def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """The tokenizer "gpt2" (50257 tokens) or "bytes" (256 bytes and <|endoftext|>).
+def get_tokenizer(what) -> "Tokenizer":
+    """The tokenizer that `what` names.
 
-    Raises UserError for another name, or if GPT-2's vocabulary can be neither found nor downloaded.
+    what: "gpt2" (50257 tokens), "bytes" (256 bytes and <|endoftext|>), a folder with a
+    tokenizer.json, the path of a tokenizer.json, or the `.state` of a tokenizer. A tokenizer.json
+    that holds GPT-2's own tokenizer or ours of bytes is that one. Raises UserError if there is no
+    such tokenizer, or if it can't be used.
     """
-    if name == "bytes":
-        return tiktoken.Encoding(
-            "bytes",
-            pat_str=r"[\s\S]",
-            mergeable_ranks={bytes([byte]): byte for byte in range(256)},
-            special_tokens={END_OF_TEXT: 256},
-        )
-    if name != "gpt2":
-        raise UserError(f"tokenizer {name!r} is not known: gpt2 and bytes are")
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # requests' ConnectionError; a file that is not the vocabulary
+    if isinstance(what, dict):
+        return tokenizer_from_files(what, "the tokenizer of the checkpoint")
+    if what in ("gpt2", "bytes"):
+        return TiktokenTokenizer(what)
+    path = Path(what)
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if path.name == "tokenizer.json" and not path.exists():
+        return tokenizer_without_json(path.parent)
+    if not path.is_file():
         raise UserError(
-            f"GPT-2's vocabulary is not on this machine and can't be downloaded ({type(error).__name__}).\nHINT: run"
-            " once with a network and TIKTOKEN_CACHE_DIR set to a directory that this machine sees too, or use"
-            " --tokenizer bytes"
+            f"there is no tokenizer {what}: give gpt2, bytes, a folder with a tokenizer.json, or"
+            " the path of one"
+        )
+    files = {"tokenizer.json": read_text(path)}
+    settings = path.with_name("tokenizer_config.json")
+    if settings.exists():
+        files["tokenizer_config.json"] = read_text(settings)
+    return tokenizer_from_files(files, str(path))
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, line ends as they are, so that encoding it gives the same bytes again."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} can't be read as UTF-8 text: {error}") from None
+
+
+def tokenizer_from_files(files: dict[str, str], place: str) -> "Tokenizer":
+    """The tokenizer of {"tokenizer.json": text, "tokenizer_config.json": text}, the second one only
+    if there is one. place: what a message calls it."""
+    try:
+        whole = json.loads(files["tokenizer.json"])
+        settings = json.loads(files.get("tokenizer_config.json", "{}"))
+        end = content(settings.get("eos_token"))
+        known = tokenizer_of_tiktoken(whole) if end in (None, END_OF_TEXT) else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{place} and its tokenizer_config.json are not a tokenizer in Hugging Face's format"
+            f" ({first_line(error)})"
         ) from None
+    return TiktokenTokenizer(known) if known else JsonTokenizer(files, settings, place)
 
 
-def tokenizer_of(folder) -> str:
-    """The name of the tokenizer of an exported folder: bytes is the one without merges."""
-    path = Path(folder) / "tokenizer.json"
-    return (
-        "bytes"
-        if path.exists() and not json.loads(path.read_bytes())["model"]["merges"]
-        else "gpt2"
+def tokenizer_without_json(folder: Path) -> "Tokenizer":
+    """The tokenizer of a folder that has no tokenizer.json: GPT-2's if vocab.json and merges.txt
+    are OpenAI's, else a UserError that says how to make a tokenizer.json."""
+    names = [path.name for path in sorted(folder.glob("*")) if path.name in OTHER_FILES]
+    try:
+        if names == ["merges.txt", "vocab.json"]:
+            vocab = json.loads(read_text(folder / "vocab.json"))
+            merges = read_text(folder / "merges.txt").strip().splitlines()
+            if is_gpt2(vocab, [line for line in merges if not line.startswith("#version")]):
+                return TiktokenTokenizer("gpt2")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder / 'vocab.json'} is damaged: {first_line(error)}") from None
+    there = f", only {', '.join(names)}: transformers makes one" if names else ""
+    raise UserError(
+        f"{folder} has no tokenizer.json{there}:\n"
+        "    from transformers import AutoTokenizer\n"
+        f'    AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}")'
     )
 
 
-# ---- Hugging Face's files ----
+# what a tokenizer is stored in where there is no tokenizer.json
+OTHER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Does a model's folder bring a tokenizer, be it one that can be used or not?"""
+    return any((folder / name).exists() for name in ("tokenizer.json", *OTHER_FILES))
+
+
+class Tokenizer:
+    """What every tokenizer has.
+
+    name: "gpt2", "bytes" or "tokenizer.json". n_vocab: the number of ids. eot_token: the id that
+    stands before each document. unit: what a token is called. prompt: a text that shows what a
+    model learned ("": begin a document). state: plain data, for a checkpoint, from which
+    get_tokenizer makes it again. identity: equal for equal tokenizers.
+    """
+
+    name: str
+    n_vocab: int
+    eot_token: int
+    unit: str
+    prompt: str
+    state: str | dict[str, str]
+    identity: str
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text. The name of a special token in it is text like any other."""
+        raise NotImplementedError
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a text in which the names of special tokens are those tokens."""
+        raise NotImplementedError
+
+    def encode_documents(self, texts: list[str]) -> np.ndarray:
+        """uint16 (tokens,): for each text eot_token and its tokens, in order."""
+        arrays = [np.empty(0, np.uint16)]
+        for text in texts:
+            arrays.append(np.array([self.eot_token], np.uint16))
+            arrays.append(self.encode_array(text).astype(np.uint16))
+        return np.concatenate(arrays)
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """The ids of a text, as `encode` gives them."""
+        return np.array(self.encode(text), np.int64)
+
+    def decoder(self) -> "TiktokenDecoder | JsonDecoder":
+        """Decodes as tokens come: .step(id) is the text that is certain now, .end() the rest. A
+        character may span tokens."""
+        raise NotImplementedError
+
+    def files(self, block_size: int) -> dict[str, bytes]:
+        """{file name: content} of what publishes it in a Hugging Face folder.
+
+        block_size: the tokens of context of the model that it is for."""
+        raise NotImplementedError
+
+
+# ---- gpt2 and bytes ----
+
+
+class TiktokenTokenizer(Tokenizer):
+    """GPT-2's tokens, or bytes. Raises UserError if GPT-2's vocabulary can be neither found nor
+    downloaded."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.state = name
+        self.identity = name
+        self.unit = UNIT[name]
+        self.prompt = "Hello, I'm a language model," if name == "gpt2" else "Return the "
+        self.encoding = bytes_encoding() if name == "bytes" else gpt2_encoding()
+        self.n_vocab = self.encoding.n_vocab
+        self.eot_token = self.encoding.eot_token
+
+    def encode(self, text):
+        return list(chain.from_iterable(map(self.encoding.encode_ordinary, pieces(text))))
+
+    def encode_prompt(self, text):
+        encode = partial(self.encoding.encode, allowed_special="all")
+        return list(chain.from_iterable(map(encode, pieces(text))))
+
+    def encode_array(self, text):
+        encode = partial(self.encoding.encode_to_numpy, disallowed_special=())  # faster than a list
+        try:
+            return np.concatenate([*map(encode, pieces(text))])
+        except UnicodeEncodeError:  # a lone surrogate, which encode_ordinary replaces by U+FFFD
+            return super().encode_array(text)
+
+    def decoder(self):
+        return TiktokenDecoder(self.encoding)
+
+    def files(self, block_size):
+        texts = tiktoken_files(self.encoding, block_size)
+        return {name: text.encode() for name, text in texts.items()}
+
+
+class TiktokenDecoder:
+    def __init__(self, encoding: tiktoken.Encoding):
+        self.encoding = encoding
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def step(self, id: int) -> str:
+        return self.utf8.decode(self.encoding.decode_single_token_bytes(id))
+
+    def end(self) -> str:
+        return self.utf8.decode(b"", final=True)
+
+
+def gpt2_encoding() -> tiktoken.Encoding:
+    try:
+        return tiktoken.get_encoding("gpt2")
+    # requests' ConnectionError is an OSError; a file that is not the vocabulary a ValueError
+    except (OSError, ValueError) as error:
+        raise UserError(
+            "GPT-2's vocabulary is not on this machine and can't be downloaded"
+            f" ({type(error).__name__}).\nHINT: run once with a network and TIKTOKEN_CACHE_DIR set"
+            " to a directory that this machine sees too, or use --tokenizer bytes"
+        ) from None
+
+
+def bytes_encoding() -> tiktoken.Encoding:
+    return tiktoken.Encoding(
+        "bytes",
+        pat_str=r"[\s\S]",
+        mergeable_ranks={bytes([byte]): byte for byte in range(256)},
+        special_tokens={END_OF_TEXT: 256},
+    )
+
+
+def pieces(text: str) -> list[str]:
+    """The text, cut inside runs of 500,000 white-space characters: tiktoken fails at a million."""
+    if len(text) <= 500_000:
+        return [text]
+    cuts = [0]
+    for run in re.finditer(r"\s+", text):
+        cuts += range(run.start() + 500_000, run.end(), 500_000)
+    return [text[start:end] for start, end in pairwise([*cuts, len(text)])]
+
+
+# ---- any tokenizer.json ----
+
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer.json of Hugging Face's format, by the package tokenizers.
+
+    files: its text and, if there is one, that of tokenizer_config.json; settings: the second one,
+    read. What the file says of truncation and padding, and the tokens that its template would put
+    around a text, are left out: a document is its tokens, all of them, and nothing else. Raises
+    UserError if it can't be used, and says why.
+    """
+
+    name = "tokenizer.json"
+    unit = "token"
+    prompt = ""
+
+    def __init__(self, files: dict[str, str], settings: dict, place: str):
+        # the pool of workers is the parallelism, and threads don't survive its fork
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError(
+                f"{place} is read by the package tokenizers, which is not installed:"
+                " pip install tokenizers"
+            ) from None
+        try:
+            self.library = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+        except Exception as error:  # the package raises a bare Exception
+            raise UserError(f"{place} is not a tokenizer.json: {error}") from None
+        self.library.no_truncation()
+        self.library.no_padding()
+        self.state = dict(files)
+        self.settings = settings
+        digest = hashlib.sha256(files["tokenizer.json"].encode()).hexdigest()
+        self.identity = f"sha256:{digest}"
+        ids = self.library.get_vocab(with_added_tokens=True)
+        self.n_vocab = max(ids.values(), default=-1) + 1  # ids may have gaps
+        if not 0 < self.n_vocab <= MOST_TOKENS:
+            raise UserError(
+                f"{place} has {self.n_vocab:,} ids: tokens are stored in 16 bits, so there may be"
+                f" 1 to {MOST_TOKENS:,}"
+            )
+        self.eot_token = ids[self.end_of_text(ids, place)]
+
+    def end_of_text(self, ids: dict[str, int], place: str) -> str:
+        """The name of the token that ends a document: the eos_token of tokenizer_config.json, or
+        <|endoftext|>."""
+        end = content(self.settings.get("eos_token"))
+        if end is None and END_OF_TEXT in ids:
+            return END_OF_TEXT
+        if end in ids:
+            return end
+        special = [t.content for t in self.library.get_added_tokens_decoder().values() if t.special]
+        reason = f"its vocabulary has no {END_OF_TEXT}, and no tokenizer_config.json names another"
+        if end is not None:
+            reason = f"the eos_token {end!r} of its tokenizer_config.json is not in its vocabulary"
+        way_out = "train it with a special token"
+        if special:
+            line = json.dumps({"eos_token": special[0]})
+            way_out = f"its special tokens are {' '.join(special[:9])}: write one of them as {line}"
+            way_out += " into a tokenizer_config.json beside it"
+        raise UserError(
+            f"{place} does not say which token ends a document: {reason}\nHINT: {way_out}"
+        )
+
+    def encode(self, text):
+        self.library.encode_special_tokens = True  # their names are split like any text
+        return self.ids(text)
+
+    def encode_prompt(self, text):
+        self.library.encode_special_tokens = False
+        return self.ids(text)
+
+    def ids(self, text: str) -> list[int]:
+        # as tiktoken does: a lone surrogate, which no UTF-8 has, becomes U+FFFD
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        [encoding] = self.library.encode_batch_fast([text], add_special_tokens=False)
+        return encoding.ids
+
+    def decoder(self):
+        return JsonDecoder(self.library)
+
+    def files(self, block_size):
+        whole = json.loads(self.state["tokenizer.json"])
+        ids = self.library.get_vocab(with_added_tokens=True)
+        roles = {}
+        for key, value in self.settings.items():
+            # transformers would give one that is not in the vocabulary a new id
+            if key.endswith("_token") and isinstance(value, str | dict) and content(value) in ids:
+                roles[key] = value
+        end = self.library.id_to_token(self.eot_token)
+        settings = roles | {
+            "eos_token": end,
+            "bos_token": roles.get("bos_token", end),
+            "model_max_length": block_size,
+            "clean_up_tokenization_spaces": False,
+            # the class that takes tokenizer.json as it is; others build their own from its words
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        }
+        before = whole.get("pre_tokenizer") or {}
+        if "add_prefix_space" in before:  # transformers takes the word of this file over its own
+            settings["add_prefix_space"] = before["add_prefix_space"]
+        return {
+            "tokenizer.json": self.state["tokenizer.json"].encode(),
+            "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
+        }
+
+
+class JsonDecoder:
+    """The package's own DecodeStream does the same, but raises on bytes that are not UTF-8."""
+
+    def __init__(self, library):
+        self.library = library
+        self.shown = []  # ids whose text is out: what a token looks like depends on those before it
+        self.waiting = []  # ids since then
+
+    def step(self, id: int) -> str:
+        self.waiting.append(id)
+        text = self.end()
+        if not text or text.endswith("\ufffd"):  # perhaps a character that is not complete
+            return ""
+        self.shown, self.waiting = self.waiting, []
+        return text
+
+    def end(self) -> str:
+        decode = partial(self.library.decode, skip_special_tokens=False)
+        return decode(self.shown + self.waiting)[len(decode(self.shown)) :]
+
+
+# ---- GPT-2's files ----
+
+
+def tokenizer_of_tiktoken(whole: dict) -> str | None:
+    """Which of tiktoken's two a tokenizer.json holds: "gpt2", "bytes", or neither."""
+    vocab = whole["model"]["vocab"]
+    merges = whole["model"].get("merges", [])
+    if not isinstance(vocab, dict) or not is_plain(whole):
+        return None
+    if is_gpt2(vocab, merges):
+        return "gpt2"
+    return "bytes" if vocab == bytes_vocab() and not merges else None
+
+
+def is_plain(whole: dict) -> bool:
+    """Does this BPE tokenizer do with its vocabulary what GPT-2's does, and nothing else?"""
+    model = whole["model"]
+    before = whole.get("pre_tokenizer") or {}
+    after = whole.get("post_processor") or {"type": "ByteLevel"}
+    end_id = len(model["vocab"]) - (END_OF_TEXT in model["vocab"])
+    added = [
+        (token["content"], token["id"], token["lstrip"], token["rstrip"], token["single_word"])
+        for token in whole.get("added_tokens", [])
+    ]
+    changes = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    return (
+        model.get("type", "BPE") == "BPE"
+        and not any(model.get(key) for key in (*changes, "ignore_merges"))
+        and whole.get("normalizer") is None
+        and before.get("type") == "ByteLevel"
+        and before.get("use_regex", True)
+        and not before.get("add_prefix_space")
+        and after.get("type") == "ByteLevel"
+        and added == [(END_OF_TEXT, end_id, False, False, False)]
+    )
+
+
+def content(token) -> str | None:
+    """The name of a token in tokenizer_config.json: a string, or an AddedToken written out."""
+    name = token.get("content") if isinstance(token, dict) else token
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"a token is {token!r}")
+    return name
+
+
+def is_gpt2(vocab: dict[str, int], merges: list) -> bool:
+    """Are these OpenAI's encoder.json and vocab.bpe? A merge is two words in a list, or in a
+    string."""
+    words = {END_OF_TEXT: GPT2_TOKENS - 1} | vocab
+    in_order = dict(sorted(words.items(), key=lambda word: word[1]))
+    if hashlib.sha256(json.dumps(in_order).encode()).hexdigest() != GPT2_VOCAB:
+        return False
+    lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    text = "\n".join(["#version: 0.2", *lines]) + "\n"
+    return hashlib.sha256(text.encode()).hexdigest() == GPT2_MERGES
+
+
+def bytes_vocab() -> dict[str, int]:
+    return {character: byte for byte, character in sorted(byte_characters().items())} | {
+        END_OF_TEXT: 256
+    }
 
 
 def byte_characters() -> dict[int, str]:
@@ -73,6 +457,16 @@ def byte_characters() -> dict[int, str]:
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {
         byte: chr(256 + n) for n, byte in enumerate(others)
+    }
+
+
+def byte_level(add_prefix_space: bool, trim_offsets: bool) -> dict:
+    """A part of tokenizer.json that goes from text to byte characters or back."""
+    return {
+        "type": "ByteLevel",
+        "add_prefix_space": add_prefix_space,
+        "trim_offsets": trim_offsets,
+        "use_regex": True,
     }
 
 
@@ -91,10 +485,10 @@ def recover_merges(tokens: list[bytes]) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-def tokenizer_files(name: str, block_size: int) -> dict[str, str]:
+def tiktoken_files(encoding: tiktoken.Encoding, block_size: int) -> dict[str, str]:
     """{file name: text} of tokenizer.json, vocab.json, merges.txt, tokenizer_config.json,
     special_tokens_map.json."""
-    encoding, character = get_tokenizer(name), byte_characters()
+    character = byte_characters()
     tokens = [encoding.decode_single_token_bytes(id) for id in range(encoding.eot_token)]
     merges = [
         ["".join(character[byte] for byte in part) for part in pair]
@@ -113,13 +507,13 @@ def tokenizer_files(name: str, block_size: int) -> dict[str, str]:
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [end | {"normalized": True, "special": True}],
         "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-        "post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True},
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "pre_tokenizer": byte_level(add_prefix_space=False, trim_offsets=True),
+        "post_processor": byte_level(add_prefix_space=True, trim_offsets=False),
+        "decoder": byte_level(add_prefix_space=True, trim_offsets=True),
         "model": {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
-            "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-            "vocab": vocab, "merges": merges,
+            "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False,
+            "ignore_merges": False, "vocab": vocab, "merges": merges,
         },
     }  # fmt: skip
     roles = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}

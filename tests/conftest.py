@@ -1,16 +1,19 @@
 """Shared by all tests: GPT-2's vocabulary without a network, scripts as processes, small shards."""
 
 import json
+import math
 import os
 import select
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,8 +71,8 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 else:
     sys.exit()
-for number, (name, mode) in enumerate((("stdin", os.O_RDONLY), ("stdout", os.O_WRONLY), ("stderr", os.O_WRONLY))):
-    os.dup2(os.open(request[name], mode), number)
+for number, name in enumerate(("stdin", "stdout", "stderr")):
+    os.dup2(os.open(request[name], os.O_WRONLY if number else os.O_RDONLY), number)
 sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
 os.chdir(request["cwd"])
 os.environ.clear()
@@ -132,41 +135,41 @@ def write_shards(
 ) -> list[np.ndarray]:
     """Shards of random tokens: streams is {"val": [lengths], "train": [lengths]}. Returns them in
     order."""
+    from lib.shards import Manifest, ShardEntry, write_manifest
+
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    random, shards, entries = np.random.default_rng(seed), [], []
+    random = np.random.default_rng(seed)
+    shards = []
+    entries = []
     for split, lengths in streams.items():
         for length in lengths:
             shards.append(random.integers(0, n_vocab, length, dtype=np.uint16))
             name = f"edufineweb_{split}_{len(entries):06d}.npy"
             np.save(directory / name, shards[-1])
-            entries.append(
-                {"file": name, "tokens": length, "documents": 1, "sha256": f"{seed}-{name}"}
-            )
+            entries.append(ShardEntry(name, length, documents=1, sha256=f"{seed}-{name}"))
     if manifest:
-        settings = {
-            "dataset": "random",
-            "name": None,
-            "revision": None,
-            "split": "train",
-            "text_field": "text",
-        }
-        settings |= {
-            "tokenizer": "bytes",
-            "vocab_size": n_vocab,
-            "shard_size": 1,
-            "shards": entries,
-        }
-        (directory / "manifest.json").write_text(
-            json.dumps(settings | {"position": None, "complete": True})
+        written = Manifest(
+            dataset="random",
+            name=None,
+            revision=None,
+            split="train",
+            text_field="text",
+            tokenizer="bytes",
+            vocab_size=n_vocab,
+            shard_size=1,
+            shards=entries,
+            complete=True,
         )
+        write_manifest(directory, written)
     return shards
 
 
 # a run of seconds: 2 layers, 8 steps of 128 tokens
 TINY = {
-    "n_layer": 2, "n_head": 2, "n_embd": 32, "seq_len": 16, "batch_size": 2, "total_batch_size": 128, "max_steps": 8,
-    "warmup_steps": 2, "val_every": 4, "val_tokens": 256, "hellaswag_every": 0, "sample_every": 0, "save_every": 3,
+    "n_layer": 2, "n_head": 2, "n_embd": 32, "seq_len": 16, "batch_size": 2,
+    "total_batch_size": 128, "max_steps": 8, "warmup_steps": 2, "val_every": 4, "val_tokens": 256,
+    "hellaswag_every": 0, "sample_every": 0, "save_every": 3,
     "device": "cpu", "dtype": "float32",
 }  # fmt: skip
 
@@ -199,6 +202,102 @@ def trained(data_dir, tmp_path_factory):
     assert train.main(flags(data_dir=data_dir, log_dir=log_dir)) == 0
     return log_dir
 
+
+# ---- runs: what they left, what they are compared with ----
+
+
+def weights(log_dir) -> dict[str, torch.Tensor]:
+    from lib.checkpoint import load_checkpoint
+
+    return load_checkpoint(Path(log_dir) / "model_checkpoint.pt")["model"]
+
+
+def assert_same_weights(one, other):
+    reference = weights(other)
+    found = weights(one)
+    assert found.keys() == reference.keys()
+    for name in reference:
+        assert torch.equal(found[name], reference[name]), name
+
+
+def assert_log_close(one: list[str], other: list[str]):
+    assert [line.split()[:2] for line in one] == [line.split()[:2] for line in other]
+    for a, b in zip(one, other, strict=True):
+        assert math.isclose(float(a.split()[2]), float(b.split()[2]), rel_tol=1e-5), (a, b)
+
+
+def assert_uninterrupted(log_dir, reference):
+    assert_same_weights(log_dir, reference)
+    assert comparable_log(log_dir) == comparable_log(reference)
+
+
+def values(log_dir, stream) -> list[float]:
+    import metrics
+
+    return [value for _, value in metrics.read_log(log_dir)[stream]]
+
+
+def wait_for(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def log_lines(log_dir) -> list[str]:
+    path = Path(log_dir) / "log.txt"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def workers_of(pid: int, name=b"train.py") -> list[int]:
+    """The training processes below a torchrun, from /proc."""
+    children = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if (
+                int(stat.read_text().rpartition(")")[2].split()[1]) == pid
+                and name in (stat.parent / "cmdline").read_bytes()
+            ):
+                children.append(int(stat.parent.name))
+        except (OSError, IndexError):
+            pass
+    return sorted(children)
+
+
+def start_torchrun(ranks, *words, env=None, launcher=("--standalone",)):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    return subprocess.Popen(
+        torchrun_command(ranks, "train.py", *words, flags=launcher),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def driver(what, *words, ranks=2, env=None):
+    return torchrun(ranks, str(ROOT / "tests" / "drivers.py"), what, *words, env=env)
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+LONG = {"max_steps": 60, "val_every": 20, "save_every": 3}
+
+
+@pytest.fixture(scope="session")
+def long_run(data_dir, tmp_path_factory):
+    """The uninterrupted run on 2 ranks that interrupted ones must equal."""
+    log_dir = tmp_path_factory.mktemp("long")
+    done = torchrun(2, "train.py", *flags(data_dir=data_dir, log_dir=log_dir, **LONG))
+    assert done.returncode == 0, done.stderr
+    return log_dir
+
+
+# ---- HellaSwag ----
 
 HELLASWAG_WORDS = (
     "a man sits on the roof and starts to pull up roofing while his dog looks at him".split()

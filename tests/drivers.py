@@ -1,9 +1,11 @@
-"""Run train.py with one thing gone wrong: python drivers.py WHAT STEP TRAIN_FLAGS...
+"""Run train.py with one thing gone wrong: python drivers.py FAULT ARGUMENT TRAIN_FLAGS...
 
 The product has no switches for faults; these wrap a function of it, in a real process of the run.
+ARGUMENT is the step at which it happens, where nothing else is said.
 """
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -11,134 +13,222 @@ import time
 import torch
 
 import train
-from GPT_Modules import GPT
 
-what, argument, *words = sys.argv[1:]
-rank, last_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) - 1
-forward, lr_of, save, clip = (
-    GPT.forward,
-    train.get_lr,
-    train.save_checkpoint,
-    torch.nn.utils.clip_grad_norm_,
-)
-step = -1
+rank = int(os.environ.get("RANK", 0))
+last_rank = int(os.environ.get("WORLD_SIZE", 1)) - 1
+runs = []  # the Run, once it is set up
+steps = [-1]  # the step that is under way, last
 
 
-def get_lr(now, config):
-    """Called once at the beginning of each step: tells which one it is."""
-    global step
-    step = now
-    if what == "stop_after" and step == int(argument) and rank == last_rank:
-        os.kill(os.getpid(), signal.SIGTERM)
-    if what == "no_room" and step in (
-        int(argument),
-        int(argument) + 3,
-    ):  # for three steps no file can grow
-        import resource
+def before_each_step(action):
+    """Call action(step) when a step begins: that is when it asks for its learning rate."""
+    get_lr = train.get_lr
 
-        limit = 1 if step == int(argument) else resource.RLIM_INFINITY
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    if what == "drift" and step == int(argument) and rank == last_rank:
-        with torch.no_grad():
-            models[0].transformer.ln_f.bias[0] += 1e-6
-    return lr_of(now, config)
+    def wrapped(step, config):
+        steps.append(step)
+        action(step)
+        return get_lr(step, config)
+
+    train.get_lr = wrapped
 
 
-def poisoned(self, idx, targets=None):
-    logits, loss = forward(self, idx, targets)
-    now = step == int(argument) or (what == "nan_for_ever" and step >= int(argument))
-    if loss is not None and loss.requires_grad and rank == last_rank and now:
-        loss = loss * (float("inf") if what == "inf_loss" else float("nan"))
-    return logits, loss
+def once_set_up(action):
+    """Call action(run) before the first step."""
+    train_run = train.train
+
+    def wrapped(run, first_step):
+        runs.append(run)
+        action(run)
+        return train_run(run, first_step)
+
+    train.train = wrapped
 
 
-def disk_is_full(log_dir, state, best):
-    if state["step"] != int(argument) or (what == "no_room_for_the_best" and not best):
-        return save(log_dir, state, best)
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-    try:
-        return save(log_dir, state, best)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+def around_save(action):
+    """Save by action(save, step): save() is the real thing."""
+    save_checkpoint = train.save_checkpoint
+    train.save_checkpoint = lambda log_dir, state: action(
+        lambda: save_checkpoint(log_dir, state), state["step"]
+    )
 
 
-def killed_before_the_best(log_dir, state, best):
-    if best and state["step"] == int(argument):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return save(log_dir, state, best)
+def stop_after(argument):
+    def stop(step):
+        if step == int(argument) and rank == last_rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before_each_step(stop)
 
 
-def take_long(log_dir, state, best):
-    path = save(log_dir, state, best)
-    time.sleep(3 if state["step"] == int(argument) else 0)
-    return path
+def change_a_weight(argument, by):
+    def change(step):
+        if step == int(argument) and rank == last_rank:
+            with torch.no_grad():
+                runs[0].raw_model.transformer.ln_f.bias[0] += by
+
+    once_set_up(lambda run: None)
+    before_each_step(change)
 
 
-def keep_gradients(parameters, *rest):
-    if step == 0 and rank == 0:
-        gradients = {
-            name: parameter.grad.clone() for name, parameter in models[0].named_parameters()
-        }
-        torch.save({"gradients": gradients}, argument)
-    return clip(parameters, *rest)
+def drift(argument):
+    change_a_weight(argument, 1e-6)
 
 
-models, exchanges = [], 0
-to = GPT.to
+def inf_weight(argument):
+    change_a_weight(argument, float("inf"))
 
 
-def remember(self, device):
-    models.append(self)
-    if what == "nan_gradient" and rank == last_rank:
-        bias = (
-            self.transformer.ln_f.bias
-        )  # one NaN in one gradient of one rank, before it is exchanged
-        bias.register_hook(lambda grad: grad * float("nan") if step == int(argument) else grad)
-    return to(self, device)
+def poison_loss(argument, value, for_ever=False):
+    def poison(run):
+        loss_of = run.raw_model.loss
+
+        def poisoned(x, weight, targets):
+            loss = loss_of(x, weight, targets)
+            now = steps[-1] == int(argument) or (for_ever and steps[-1] >= int(argument))
+            if loss.requires_grad and rank == last_rank and now:
+                loss = loss * value
+            return loss
+
+        run.raw_model.loss = poisoned
+
+    once_set_up(poison)
+    before_each_step(lambda step: None)
 
 
-class HighScale(torch.amp.GradScaler):
-    def __init__(self, device, enabled):
-        super().__init__(device, init_scale=2.0 ** int(argument), enabled=enabled)
+def nan_loss(argument):
+    poison_loss(argument, float("nan"))
 
 
-GPT.to = remember
-if what == "high_scale":
+def inf_loss(argument):
+    poison_loss(argument, float("inf"))
+
+
+def nan_for_ever(argument):
+    poison_loss(argument, float("nan"), for_ever=True)
+
+
+def nan_gradient(argument):
+    """One NaN in one gradient of one rank, before it is exchanged."""
+
+    def poison(run):
+        if rank == last_rank:
+            run.raw_model.transformer.ln_f.bias.register_hook(
+                lambda grad: grad * float("nan") if steps[-1] == int(argument) else grad
+            )
+
+    once_set_up(poison)
+    before_each_step(lambda step: None)
+
+
+def full_disk(argument):
+    """For one save no file can grow beyond 20,000 bytes."""
+
+    def limited(save, step):
+        if step != int(argument):
+            return save()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        try:
+            return save()
+        finally:
+            unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+    around_save(limited)
+
+
+def full_log(argument):
+    """From a step on the log's disk is full."""
+
+    def fill(step):
+        if step == int(argument):
+            runs[0].log.file = open("/dev/full", "a")
+
+    once_set_up(lambda run: None)
+    before_each_step(fill)
+
+
+def slow_save(argument):
+    def slow(save, step):
+        path = save()
+        if step == int(argument):
+            time.sleep(3)
+        return path
+
+    around_save(slow)
+
+
+def killed_after_save(argument):
+    """SIGKILL between a checkpoint and the link of the best to it."""
+
+    def killed(path, name):
+        if path.name == f"model_{int(argument):05d}.pt":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return link(path, name)
+
+    link = train.link
+    train.link = killed
+
+
+def sees_no_checkpoint(argument):
+    """The last rank sees an empty log directory. ARGUMENT has no meaning."""
+    if rank == last_rank:
+        train.newest_checkpoint = lambda log_dir: None
+
+
+def high_scale(argument):
+    """float16's loss scale begins at 2^ARGUMENT."""
+
+    class HighScale(torch.amp.GradScaler):
+        def __init__(self, device, enabled):
+            super().__init__(device, init_scale=2.0 ** int(argument), enabled=enabled)
+
     torch.amp.GradScaler = HighScale
-train.get_lr = get_lr
-if what in ("nan_loss", "inf_loss", "nan_for_ever"):
-    GPT.forward = poisoned
-if what in ("full_disk", "no_room_for_the_best"):
-    train.save_checkpoint = disk_is_full
-if what == "killed_before_the_best":
-    train.save_checkpoint = killed_before_the_best
-if what == "sees_no_checkpoint" and rank == last_rank:
-    train.newest_checkpoint = lambda log_dir: (None, None, [])
-if what == "slow_save":
-    train.save_checkpoint = take_long
-if what == "gradients":
-    torch.nn.utils.clip_grad_norm_ = keep_gradients
+
+
+def gradients(argument):
+    """Write step 0's gradients and how often DDP exchanged in the run to the file ARGUMENT."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
     from torch.nn.parallel import DistributedDataParallel
 
-    class Counting(DistributedDataParallel):
-        """DDP that counts how often its first bucket is exchanged."""
+    kept = {"exchanges": 0}
+    clip = torch.nn.utils.clip_grad_norm_
 
+    class Counting(DistributedDataParallel):
         def __init__(self, *words, **options):
             super().__init__(*words, **options)
             self.register_comm_hook(None, count)
 
     def count(state, bucket):
-        global exchanges
-        exchanges += bucket.is_last()
+        kept["exchanges"] += bucket.is_last()
         return allreduce_hook(state, bucket)
 
-    train.DistributedDataParallel = Counting
+    def keep(parameters, *rest):
+        if steps[-1] == 0:
+            named = runs[0].raw_model.named_parameters()
+            kept["gradients"] = {name: parameter.grad.clone() for name, parameter in named}
+        return clip(parameters, *rest)
 
-code = train.main(words)
-if what == "gradients" and rank == 0:
-    torch.save(torch.load(argument) | {"exchanges": exchanges}, argument)
-sys.stdout.flush()
-os._exit(code)  # as train.py does
+    train.DistributedDataParallel = Counting
+    torch.nn.utils.clip_grad_norm_ = keep
+    once_set_up(lambda run: None)
+    before_each_step(lambda step: None)
+    return lambda: torch.save(kept, argument) if rank == 0 else None
+
+
+FAULTS = {
+    fault.__name__: fault
+    for fault in (
+        stop_after, drift, inf_weight, nan_loss, inf_loss, nan_for_ever, nan_gradient, full_disk,
+        full_log,
+        slow_save, killed_after_save, sees_no_checkpoint, high_scale, gradients,
+    )
+}  # fmt: skip
+
+if __name__ == "__main__":
+    fault, argument, *words = sys.argv[1:]
+    at_the_end = FAULTS[fault](argument)
+    code = train.main(words)
+    if at_the_end:
+        at_the_end()
+    sys.stdout.flush()
+    os._exit(code)  # as train.py does

@@ -1,5 +1,6 @@
 """Dataclass -> flags and help; UserError -> one line and an exit code."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -11,6 +12,7 @@ from conftest import ROOT, script
 import data_generator
 import export
 import hellaswag
+import inside
 import metrics
 import sample
 import train
@@ -18,8 +20,10 @@ from lib import cli
 from lib.cli import PositiveFloat, PositiveInt, UserError, command, parse
 
 CONFIGS = {
-    "train.py": train.TrainConfig, "data_generator.py": data_generator.DataConfig, "sample.py": sample.SampleConfig,
-    "hellaswag.py": hellaswag.HellaSwagConfig, "export.py": export.ExportConfig, "metrics.py": metrics.MetricsConfig,
+    "train.py": train.TrainConfig, "data_generator.py": data_generator.DataConfig,
+    "sample.py": sample.SampleConfig, "hellaswag.py": hellaswag.HellaSwagConfig,
+    "export.py": export.ExportConfig, "metrics.py": metrics.MetricsConfig,
+    "inside.py": inside.InsideConfig,
 }  # fmt: skip
 
 
@@ -190,13 +194,33 @@ def test_other_ranks_leave_silently(ranks, prints, capsys, monkeypatch):
     )
 
 
+def test_scripts_find_their_rooms_where_python_does_not_look_beside_them(tmp_path):
+    """PYTHONSAFEPATH=1, as some cloud images set it; Python 3.10 does not know it."""
+    started = {}
+    for name in CONFIGS:
+        started[name] = subprocess.Popen(
+            [sys.executable, str(ROOT / name), "--help"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONSAFEPATH": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    for name, process in started.items():
+        printed, errors = process.communicate(timeout=120)
+        assert process.returncode == 0 and f"usage: {name}" in printed, errors
+
+
 def test_nothing_happens_at_import():
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1])\nimport train, data_generator, hellaswag, export, sample,"
-        " metrics\n"
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import train, data_generator, hellaswag, export, sample, metrics, inside\n"
     )
     program += "import torch\nassert not torch.distributed.is_initialized()\n"
-    program += "bad = {'datasets', 'matplotlib', 'huggingface_hub', 'transformers'} & set(sys.modules)\nassert not bad, bad"
+    program += (
+        "bad = {'datasets', 'matplotlib', 'huggingface_hub', 'transformers'} & set(sys.modules)\n"
+        "assert not bad, bad"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program, str(ROOT)], capture_output=True, text=True
     )

@@ -1,11 +1,15 @@
 """Documents -> shards -> batches, against plain algorithms written out here, and against faults."""
 
+import csv
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,53 +21,57 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiktoken
 from conftest import ROOT, flags, script
 from hub import COMMIT, Hub
 
 import data_generator
-from lib.shards import FINEWEB_EDU, read_manifest
+from lib.shards import FINEWEB_EDU, find_tokenizer, read_manifest
 from lib.tokenizer import get_tokenizer
 
 HAZARDS = [
-    "plain words", "", "a literal <|endoftext|> in the text", "\ud800 a lone surrogate \udfff", "a" * 1_000_000,
-    "é中🙂" * 50, "  spaces\n\n\tand\r\nlines  ", "long " * 9_000,
+    "plain words", "", "a literal <|endoftext|> in the text", "a" * 1_000_000, "é中🙂" * 50,
+    "  spaces\n\n\tand\r\nlines  ", "long " * 9_000, "a byte order mark inside: \ufeff",
 ]  # fmt: skip
 
 
 def plain_shards(documents, tokenizer, shard_size) -> list[np.ndarray]:
     """The algorithm, as plain as it gets: one long stream, cut every shard_size."""
-    encoding = get_tokenizer(tokenizer)
+    gpt2 = tiktoken.get_encoding("gpt2")
     stream = []
     for text in documents:
-        stream += [encoding.eot_token, *encoding.encode_ordinary(text)]
+        if tokenizer == "bytes":
+            stream += [256, *text.encode()]
+        else:
+            stream += [gpt2.eot_token, *gpt2.encode_ordinary(text)]
     return [
         np.array(stream[i : i + shard_size], dtype=np.uint16)
         for i in range(0, len(stream), shard_size)
     ]
 
 
-def assert_shards(data_dir, expected: list[np.ndarray]):
+def assert_shards(data_dir, expected: list[np.ndarray], skipped=0):
     """The directory holds exactly these shards, byte for byte as np.save writes them, and a
     manifest that says so."""
     manifest = read_manifest(data_dir)
     assert (
-        manifest["complete"]
-        and manifest["position"] is None
-        and len(manifest["shards"]) == len(expected)
+        manifest.complete
+        and manifest.position is None
+        and manifest.skipped == skipped
+        and len(manifest.shards) == len(expected)
     )
-    for number, (entry, tokens) in enumerate(zip(manifest["shards"], expected, strict=True)):
-        assert entry["file"] == f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
-        content = (Path(data_dir) / entry["file"]).read_bytes()
+    for number, (entry, tokens) in enumerate(zip(manifest.shards, expected, strict=True)):
+        assert entry.file == f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
+        content = (Path(data_dir) / entry.file).read_bytes()
         reference = io.BytesIO()
         np.save(reference, tokens)
         assert (
-            content == reference.getvalue()
-            and entry["sha256"] == hashlib.sha256(content).hexdigest()
+            content == reference.getvalue() and entry.sha256 == hashlib.sha256(content).hexdigest()
         )
-        eot = get_tokenizer(manifest["tokenizer"]).eot_token
-        assert entry["tokens"] == len(tokens) and entry["documents"] == (tokens == eot).sum()
+        eot = get_tokenizer(find_tokenizer(data_dir, manifest)).eot_token
+        assert entry.tokens == len(tokens) and entry.documents == (tokens == eot).sum()
     names = {path.name for path in Path(data_dir).iterdir()}
-    assert names == {entry["file"] for entry in manifest["shards"]} | {"manifest.json", ".lock"}
+    assert names == {entry.file for entry in manifest.shards} | {"manifest.json", ".lock"}
 
 
 def write_jsonl(path, documents):
@@ -84,6 +92,11 @@ def contents(directory) -> dict[str, bytes]:
     return {
         path.name: path.read_bytes() for path in Path(directory).iterdir() if path.name != ".lock"
     }
+
+
+def written_shards(data_dir) -> int:
+    manifest = read_manifest(data_dir)
+    return len(manifest.shards) if manifest else 0
 
 
 def words_of(n: int, seed=0) -> list[str]:
@@ -214,7 +227,7 @@ def test_tiny_shakespeare(tmp_path):
         == 0
     )
     tokens = np.concatenate(
-        [np.load(tmp_path / shard["file"]) for shard in read_manifest(tmp_path)["shards"]]
+        [np.load(tmp_path / shard.file) for shard in read_manifest(tmp_path).shards]
     )
     assert len(tokens) == 338_026
     assert (
@@ -225,8 +238,6 @@ def test_tiny_shakespeare(tmp_path):
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "txt"])
 def test_local_files_by_glob(kind, tmp_path):
-    import gzip
-
     files = [words_of(40, seed) for seed in range(3)]
     # names that are patterns as well; brackets in the name of a packed file are more than
     # `datasets` can read
@@ -303,14 +314,29 @@ def fineweb():
 
 def generate(hub, tmp_path, *words, **options):
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
-    return script(
-        "data_generator.py",
-        f"--data_dir={tmp_path / 'data'}",
-        "--shard_size=4000",
-        *words,
-        env=environment,
-        **options,
-    )
+    data_dir = f"--data_dir={tmp_path / 'data'}"
+    common = [data_dir, "--shard_size=4000", *words]
+    return script("data_generator.py", *common, env=environment, **options)
+
+
+IMPATIENT = """
+import sys, data_generator
+data_generator.PAUSES = (0.1, 0.2, 0.3)
+if __name__ == "__main__":
+    sys.exit(data_generator.main(sys.argv[1:]))
+"""
+
+
+def generate_impatiently(hub, tmp_path, *words):
+    """The same, with short pauses before each new try."""
+    (tmp_path / "driver.py").write_text(IMPATIENT)
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
+    common = [f"--data_dir={tmp_path / 'data'}", "--shard_size=4000", *words]
+    return script(str(tmp_path / "driver.py"), *common, env=environment)
+
+
+def test_the_pauses_before_each_new_try():
+    assert data_generator.PAUSES == (10, 60, 300)
 
 
 def test_the_default_command_on_the_hub(fineweb, tmp_path):
@@ -319,7 +345,7 @@ def test_the_default_command_on_the_hub(fineweb, tmp_path):
     assert done.returncode == 0, done.stderr
     assert_shards(tmp_path / "data", plain_shards(documents, "gpt2", 4000))
     manifest = read_manifest(tmp_path / "data")
-    assert (manifest["dataset"], manifest["name"], manifest["revision"]) == (
+    assert (manifest.dataset, manifest.name, manifest.revision) == (
         FINEWEB_EDU,
         "sample-10BT",
         COMMIT,
@@ -359,7 +385,7 @@ def test_network_faults_are_tried_again(fault, fineweb, tmp_path):
         return True
 
     hub.faults.append(answer)
-    done = generate(hub, tmp_path)
+    done = generate_impatiently(hub, tmp_path)
     assert done.returncode == 0 and left == [0], done.stderr
     assert_shards(tmp_path / "data", plain_shards(documents, "gpt2", 4000))
 
@@ -381,8 +407,8 @@ def test_a_body_that_lies_about_its_length_is_not_taken_for_a_whole_one(fineweb,
         return True
 
     hub.faults.append(answer)
-    done = generate(hub, tmp_path)
-    assert done.returncode == 0 and "next try in 1 s" in done.stderr, done.stderr
+    done = generate_impatiently(hub, tmp_path)
+    assert done.returncode == 0 and "next try in 0.1 s" in done.stderr, done.stderr
     assert_shards(tmp_path / "data", plain_shards(documents, "gpt2", 4000))
 
 
@@ -391,29 +417,13 @@ def test_a_network_that_stays_away_ends_with_a_message_and_the_next_run_goes_on(
     hub, documents = fineweb
     down = lambda handler, path: "002_00000" in path and (handler.answer(503, b"") or True)  # noqa: E731
     hub.faults.append(down)
-    driver = (
-        "import sys, data_generator as d; d.PAUSES = (0.1, 0.2)\nif __name__ == '__main__':"
-        " sys.exit(d.main(sys.argv[1:]))"
-    )
-    (tmp_path / "driver.py").write_text(driver)
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "hf"),
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [
-        sys.executable,
-        str(tmp_path / "driver.py"),
-        f"--data_dir={tmp_path / 'data'}",
-        "--shard_size=4000",
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = generate_impatiently(hub, tmp_path)
     assert (
         done.returncode == 1
         and "can't be fetched from the Hub" in done.stderr
         and "run the same command again" in done.stderr
     )
-    assert "Traceback" not in done.stderr and not read_manifest(tmp_path / "data")["complete"]
+    assert "Traceback" not in done.stderr and not read_manifest(tmp_path / "data").complete
     hub.faults.clear()
     assert generate(hub, tmp_path).returncode == 0
     assert_shards(tmp_path / "data", plain_shards(documents, "gpt2", 4000))
@@ -434,7 +444,8 @@ def test_other_hub_data_sets(tmp_path):
         done = generate(hub, tmp_path, *common)
         assert (
             done.returncode == 2
-            and "--text_field text: org/tales has no such field; it has body, n" in done.stderr
+            and "test.jsonl line 1: --text_field text: there is no such field; it has body, n"
+            in done.stderr
         ), done.stderr
         done = generate(hub, tmp_path, *common, "--text_field=body")
         assert done.returncode == 0, done.stderr
@@ -455,6 +466,162 @@ def test_other_hub_data_sets(tmp_path):
         ), done.stderr
 
 
+CONFIGURATIONS = b"""---
+configs:
+- config_name: english
+  data_files: [{split: train, path: en.txt}, {split: test, path: en2.txt}]
+- config_name: french
+  data_files: [{split: train, path: fr.csv.gz}]
+---
+"""
+SEVERAL = {
+    "README.md": CONFIGURATIONS,
+    "fr.csv.gz": b"",
+    "en.txt": b"one",
+    "en2.txt": b"line\r\nline\n" * 800,
+}
+WRONG = {  # what is wrong -> (files of org/NAME, flags, what is said)
+    "several configurations": (
+        SEVERAL,
+        [],
+        "--dataset org/NAME has several configurations; choose one with --name: english, french",
+    ),
+    "no such configuration": (
+        SEVERAL,
+        ["--name=german"],
+        "--dataset org/NAME has no configuration german; choose one with --name: english, french",
+    ),
+    "no such split": (
+        SEVERAL,
+        ["--name=english", "--split=dev"],
+        "--split dev: org/NAME has no such split; it has train, test",
+    ),
+    "no such revision": (
+        SEVERAL,
+        ["--revision=old"],
+        "org/NAME can't be found on the Hub: RevisionNotFo",
+    ),
+    "a loading script": (
+        {"a_loading_script.py": b"import os", "data/a.jsonl": b"{}", "LICENSE": b""},
+        [],
+        "org/NAME is made by a loading script, a program, which is not run. Its files: data/a.jsonl"
+        "\nHINT: `hf download org/NAME --repo-type dataset --local-dir FOLDER`",
+    ),
+    "gated": (
+        SEVERAL,
+        [],
+        "--dataset org/NAME is gated: log in with `hf auth login` and accept its terms at"
+        " HUB/datasets/org/NAME",
+    ),
+    "closed": (SEVERAL, [], "accept its terms at HUB/datasets/org/NAME"),
+    "pictures": ({"a.png": b"", "b.png": b""}, [], "a.png is none of .txt .md .jsonl"),
+    "nothing": ({"LICENSE": b""}, [], "org/NAME"),
+    "a damaged file": (
+        {"train.parquet": b"PAR1" + b"x" * 5000 + b"PAR1"},
+        [],
+        f"org/NAME@{COMMIT}/train.parquet can't be read: ",
+    ),
+    "another damaged file": ({"train.jsonl.gz": b"no"}, [], "can't be read: BadGzipFile"),
+    "a row that is no text": (
+        {"train.jsonl": b'{"text": "a"}\n{"text": 4}'},
+        [],
+        f"org/NAME@{COMMIT}/train.jsonl line 2: text is the number 4, not a text\nHINT: --skip_bad",
+    ),
+    "no such field": (
+        {"train.parquet": parquet(["a"])},
+        ["--text_field=body"],
+        "train.parquet: --text_field body: there is no such field; it has text, id",
+    ),
+}
+
+
+# Each line of standard input is a run of the generator in a child of a process that has imported
+# the Hub's libraries: its words, and a file for what it prints.
+IN_CHILDREN = """
+import contextlib, json, os, sys
+import data_generator, datasets
+for line in sys.stdin:
+    words, path = json.loads(line)
+    if (child := os.fork()) == 0:
+        for stream in (1, 2):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        sys.exit(data_generator.main(words))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def wrong_on_the_hub(tmp_path_factory):
+    """{what is wrong: (exit code, what was printed)}"""
+    directory = tmp_path_factory.mktemp("wrong")
+
+    def gate(handler, path):
+        headers = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}
+        for name, status in (("gated", 401), ("closed", 403)):
+            if f"org/{name}/resolve/" in path:
+                handler.answer(status, b"", headers)
+                return True
+        return False
+
+    names = {wrong: wrong.replace(" ", "_") for wrong in WRONG}
+    hub = Hub({f"datasets/org/{names[wrong]}": WRONG[wrong][0] for wrong in WRONG})
+    hub.faults.append(gate)
+    lines = []
+    for wrong, name in names.items():
+        words = [f"--dataset=org/{name}", f"--data_dir={directory / name}", "--tokenizer=bytes"]
+        lines.append(json.dumps([words + WRONG[wrong][1], str(directory / f"{name}.txt")]))
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(directory), "PYTHONPATH": str(ROOT)}
+    with hub:
+        done = subprocess.run(
+            [sys.executable, "-c", IN_CHILDREN],
+            input="\n".join(lines),
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+        )
+    codes = map(int, done.stdout.splitlines())
+    printed = [(directory / f"{name}.txt").read_text() for name in names.values()]
+    return dict(zip(WRONG, zip(codes, printed, strict=True), strict=True)), hub.url
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_data_on_the_hub_is_not_a_network_fault(wrong, wrong_on_the_hub):
+    found, url = wrong_on_the_hub
+    code, printed = found[wrong]
+    said = WRONG[wrong][2].replace("NAME", wrong.replace(" ", "_")).replace("HUB", url)
+    assert code == 2 and said in printed, printed
+    assert "Traceback" not in printed and "network: " not in printed
+
+
+def test_the_same_file_gives_the_same_tokens_here_and_from_the_hub(tmp_path):
+    (tmp_path / "en.txt").write_bytes(SEVERAL["en2.txt"])
+    words = ["--tokenizer=bytes", "--shard_size=4000"]
+    local = ["--dataset", str(tmp_path / "en.txt"), "--data_dir", str(tmp_path / "local")]
+    assert data_generator.main([*words, *local]) == 0
+    with Hub({"datasets/org/x": SEVERAL}) as hub:
+        hub_words = ["--dataset=org/x", "--name=english", "--split=test"]
+        done = generate(hub, tmp_path, *words, *hub_words)
+    assert done.returncode == 0, done.stderr
+    expected = plain_shards([SEVERAL["en2.txt"].decode()], "bytes", 4000)
+    assert_shards(tmp_path / "local", expected)
+    assert_shards(tmp_path / "data", expected)
+
+
+def test_a_hub_library_without_a_place_for_its_files(tmp_path):
+    for name, place in (("HF_HOME", "/dev/null/hf"), ("HOME", "/dev/null")):
+        environment = {"HF_HOME": "", "XDG_CACHE_HOME": ""} | {name: place}
+        environment = {key: value for key, value in (os.environ | environment).items() if value}
+        command = [sys.executable, str(ROOT / "data_generator.py"), "--tokenizer=bytes"]
+        command += ["--dataset=org/x", f"--data_dir={tmp_path}"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert re.search(
+            rf"error: {place}\S*, where the Hub's library keeps its files, can't be used: Not a dir"
+            r".*\nHINT: set HF_HOME to a directory",
+            done.stderr,
+        ), done.stderr
+
+
 def bin_shard(tokens) -> bytes:
     header = np.zeros(256, dtype=np.int32)
     header[:3] = 20240520, 1, len(tokens)
@@ -467,7 +634,7 @@ def test_ready_made_tokens_are_downloaded_trained_on_and_resumed(tmp_path):
     names = [
         "finewebedu_val_000000.bin",
         "finewebedu_train_000001.bin",
-        "finewebedu_train_000002.bin",
+        "finewebedu_train_000002.bin",  # which the command leaves out
     ]
     files = {name: bin_shard(random_.integers(0, 50257, 700)) for name in names}
     (line,) = [
@@ -475,7 +642,7 @@ def test_ready_made_tokens_are_downloaded_trained_on_and_resumed(tmp_path):
         for line in (ROOT / "README.md").read_text().splitlines()
         if line.startswith("hf download ")
     ]
-    words = line.split()
+    words = shlex.split(line)
     data_dir = tmp_path / words[words.index("--local-dir") + 1]
     with Hub({f"datasets/{words[2]}": files}) as hub:
         environment = os.environ | {
@@ -493,7 +660,7 @@ def test_ready_made_tokens_are_downloaded_trained_on_and_resumed(tmp_path):
         words = flags(data_dir=data_dir, log_dir=tmp_path / "log", max_steps=steps, n_embd=8)
         done = script("train.py", *words)
         assert done.returncode == 0, done.stderr
-    assert "1,400 tokens (gpt2) to learn from" in done.stdout and "going on from" in done.stdout
+    assert "700 tokens (gpt2) to learn from" in done.stdout and "going on from" in done.stdout
     assert "has no manifest.json: its tokens are taken for gpt2's" in done.stdout
 
 
@@ -523,19 +690,95 @@ def test_no_network(tmp_path):
     assert not list((tmp_path / "data").glob("*.npy"))
 
 
+# ---- a tokenizer of one's own ----
+
+
+@pytest.fixture(scope="module")
+def own_tokenizer(tmp_path_factory):
+    """A folder with a tokenizer.json of 500 tokens, whose documents end with <end>."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    own = Tokenizer(models.BPE())
+    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<pad>", "<end>"], initial_alphabet=alphabet
+    )
+    own.train_from_iterator(words_of(500), trainer)
+    own.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    return folder
+
+
+def test_a_tokenizer_of_ones_own(own_tokenizer, tmp_path, capsys):
+    """The tokens are those of `tokenizers`, the file lies beside them, and no other can take its
+    place."""
+    import tokenizers
+
+    texts = [*HAZARDS, "a literal <end> in the text", *words_of(600)]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    words = ["--dataset", str(tmp_path / "a.jsonl"), "--shard_size=5000", "--num_proc=2"]
+    words += ["--data_dir", str(tmp_path / "data")]
+    assert data_generator.main([*words, "--tokenizer", str(own_tokenizer)]) == 0
+    manifest = read_manifest(tmp_path / "data")
+    content = (own_tokenizer / "tokenizer.json").read_bytes()
+    assert (tmp_path / "data" / "tokenizer.json").read_bytes() == content
+    assert manifest.tokenizer == "tokenizer.json"
+    assert manifest.tokenizer_sha256 == hashlib.sha256(content).hexdigest()
+    truth = tokenizers.Tokenizer.from_file(str(own_tokenizer / "tokenizer.json"))
+    truth.encode_special_tokens = True
+    assert manifest.vocab_size == truth.get_vocab_size()
+    stream = []
+    for text in texts:
+        stream += [1, *truth.encode(text, add_special_tokens=False).ids]
+    tokens = [np.load(tmp_path / "data" / entry.file) for entry in manifest.shards]
+    assert np.concatenate(tokens).tolist() == stream
+    assert sum(entry.documents for entry in manifest.shards) == len(texts)
+    file = str(own_tokenizer / "tokenizer.json")
+    assert data_generator.main([*words, "--tokenizer", file]) == 0  # it is complete already
+    assert data_generator.main([*words, "--tokenizer=gpt2"]) == 2
+    assert "tokenizer was tokenizer.json, is gpt2" in capsys.readouterr().err
+    settings = own_tokenizer / "tokenizer_config.json"
+    settings.write_text('{"eos_token": "<pad>"}')
+    assert data_generator.main([*words, "--tokenizer", file]) == 2
+    assert "begun with token 1 before each document, the" in capsys.readouterr().err
+    settings.write_text('{"eos_token": "<end>"}')
+    (tmp_path / "data" / "tokenizer.json").write_bytes(content + b"\n")
+    for command in ([*words, "--tokenizer", file], ["--verify", *words]):
+        assert data_generator.main(command) == 2
+        said = "data/tokenizer.json is not the file that made the tokens of"
+        assert said in capsys.readouterr().err
+
+
+def test_killed_with_a_tokenizer_of_ones_own_it_goes_on(own_tokenizer, tmp_path):
+    texts = words_of(4000)
+    write_jsonl(tmp_path / "docs.jsonl", texts)
+    words = ["--tokenizer", str(own_tokenizer), "--shard_size=3000"]
+    for name in ("whole", "killed"):
+        process = start(tmp_path, "--data_dir", str(tmp_path / name), *words)
+        end = time.time() + 60
+        while name == "killed" and written_shards(tmp_path / name) < 3 and time.time() < end:
+            time.sleep(0.002)
+        if name == "killed":
+            process.kill()
+        process.communicate()
+    process = start(tmp_path, "--data_dir", str(tmp_path / "killed"), *words)
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
 # ---- dying and going on ----
 
 
 def start(tmp_path, *words):
-    command = [
-        sys.executable,
-        str(ROOT / "data_generator.py"),
-        "--dataset",
-        str(tmp_path / "docs.jsonl"),
-        *words,
-    ]
-    return subprocess.Popen([*command, "--shard_size=20000", "--tokenizer=bytes", "--num_proc=2"],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    """The generator as a process, on docs.* of a directory."""
+    (docs,) = tmp_path.glob("docs.*")
+    command = [sys.executable, ROOT / "data_generator.py", "--dataset", docs]
+    command += ["--shard_size=20000", "--tokenizer=bytes", "--num_proc=2", "--skip_bad", *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*map(str, command)], **pipes)
 
 
 def children(pid: int) -> list[int]:
@@ -552,12 +795,32 @@ def children(pid: int) -> list[int]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """A directory with docs.jsonl, and what an uninterrupted run makes of it."""
-    directory = tmp_path_factory.mktemp("uninterrupted")
-    write_jsonl(directory / "docs.jsonl", words_of(12_000))
+    return run_uninterrupted(tmp_path_factory.mktemp("uninterrupted"), "jsonl")
+
+
+def run_uninterrupted(directory, kind: str):
+    """Write docs.<kind> with 12,000 documents, every 500th of which is no text, and what an
+    uninterrupted run makes of them."""
+    texts = words_of(12_000)
+    found = [None if n % 500 == 3 else text for n, text in enumerate(texts)]
+    rows = "".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(found))
+    if kind == "jsonl":
+        content = rows.encode()
+    elif kind == "jsonl.xz":
+        content = lzma.compress(rows.encode(), preset=0)
+    elif kind == "parquet":
+        content = parquet(found)
+    elif kind == "csv.gz":
+        lines = [[n, text] if text is not None else [n] for n, text in enumerate(found)]
+        file = io.StringIO()
+        csv.writer(file).writerows([["id", "text"], *lines])
+        content = gzip.compress(file.getvalue().encode())
+    (directory / f"docs.{kind}").write_bytes(content)
     process = start(directory, "--data_dir", str(directory / "data"))
-    process.communicate()
-    assert process.returncode == 0
-    assert_shards(directory / "data", plain_shards(words_of(12_000), "bytes", 20_000))
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    texts = [text for text in found if text is not None]
+    assert_shards(directory / "data", plain_shards(texts, "bytes", 20_000), skipped=24)
     return directory
 
 
@@ -566,7 +829,7 @@ def kill_once(directory, data_dir, dice, whom):
     manifest."""
     process = start(directory, "--data_dir", str(data_dir))
     # after the start of the pool most moments fall into reading and writing
-    before = len((read_manifest(data_dir) or {"shards": []})["shards"])
+    before = written_shards(data_dir)
     target, end = before + dice.randrange(0, 20), time.time() + 60
     while (
         process.poll() is None
@@ -613,17 +876,16 @@ def test_killed_it_goes_on_to_the_same_bytes(whom, uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
-def test_campaign_of_kills(uninterrupted, tmp_path, campaign):
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.xz", "parquet", "csv.gz"])
+def test_campaign_of_kills(kind, tmp_path, campaign):
+    (tmp_path / "uninterrupted").mkdir()
+    directory = run_uninterrupted(tmp_path / "uninterrupted", kind)
     dice = random.Random(2026)
-    for number in range(campaign(30)):
+    for number in range(campaign(12)):
+        data_dir = tmp_path / str(number)
         for _ in range(2):
-            kill_once(
-                uninterrupted,
-                tmp_path / str(number),
-                dice,
-                dice.choice(["parent", "worker", "ctrl-c"]),
-            )
-        finish_and_compare(uninterrupted, tmp_path / str(number))
+            kill_once(directory, data_dir, dice, dice.choice(["parent", "worker", "ctrl-c"]))
+        finish_and_compare(directory, data_dir)
 
 
 def test_workers_leave_when_their_parent_is_gone(tmp_path):
@@ -677,35 +939,14 @@ with only_writer({str(uninterrupted / 'data')!r}):
     )
 
 
-def test_the_directory_of_an_older_version_goes_on(tmp_path, monkeypatch):
-    """tests/before/data is five of its shards; the version before lib/ was killed after them."""
-    documents = [f"document {n}: " + "word " * (n % 7) for n in range(600)]
-    shutil.copytree(ROOT / "tests" / "before" / "data", tmp_path / "data")
-    write_jsonl(tmp_path / "docs.jsonl", documents)
-    monkeypatch.chdir(tmp_path)
-    before = contents("data")
-    words = "--dataset docs.jsonl --data_dir data --tokenizer bytes --shard_size 2000 --num_proc 1"
-    assert data_generator.main(words.split()) == 0
-    assert_shards("data", plain_shards(documents, "bytes", 2000))
-    assert all(
-        contents("data")[name] == content
-        for name, content in before.items()
-        if name.endswith(".npy")
-    )
-
-
 def test_what_a_killed_run_leaves_lies_in_the_data_directory(uninterrupted, tmp_path):
     (tmp_path / "system").mkdir()
-    command = [
-        sys.executable,
-        str(ROOT / "data_generator.py"),
-        "--dataset",
-        str(uninterrupted / "docs.jsonl"),
-    ]
+    dataset = f"--dataset={uninterrupted / 'docs.jsonl'}"
+    command = [sys.executable, str(ROOT / "data_generator.py"), dataset, "--shard_size=20000"]
     command += [
-        "--shard_size=20000",
         "--tokenizer=bytes",
         "--num_proc=2",
+        "--skip_bad",
         f"--data_dir={tmp_path / 'data'}",
     ]
     process = subprocess.Popen(command, env=os.environ | {"TMPDIR": str(tmp_path / "system")})
@@ -792,18 +1033,19 @@ def test_leftovers_are_removed_and_never_read(uninterrupted, tmp_path):
 
 
 def test_a_full_disk_leaves_what_is_whole(uninterrupted, tmp_path):
-    words = f"--dataset={uninterrupted / 'docs.jsonl'} --data_dir={tmp_path} --tokenizer=bytes --shard_size=20000".split()
+    words = ["--dataset", str(uninterrupted / "docs.jsonl"), "--data_dir", str(tmp_path)]
+    words += ["--tokenizer=bytes", "--skip_bad", "--shard_size=20000"]
     program = f"""
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 import data_generator
 from lib.shards import ShardWriter
 write, number = ShardWriter.write, []
-def write_with_no_room_for_the_fourth(self, position):
+def write_with_no_room_for_the_fourth(self, *position):
     number.append(1)
     if len(number) == 4:
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
-    write(self, position)
+    write(self, *position)
 ShardWriter.write = write_with_no_room_for_the_fourth
 sys.exit(data_generator.main({words!r}))
 """
@@ -814,12 +1056,12 @@ sys.exit(data_generator.main({words!r}))
     assert (
         "it needs 40,128 bytes" in done.stderr and "the 3 shards before it are whole" in done.stderr
     )
-    assert len(read_manifest(tmp_path)["shards"]) == 3 and not list(tmp_path.glob("*.tmp"))
+    assert written_shards(tmp_path) == 3 and not list(tmp_path.glob("*.tmp"))
     enough = tmp_path.with_name("enough")  # three shards will do: there is no fourth, empty one
     shutil.copytree(tmp_path, enough)
     assert data_generator.main([*words, f"--data_dir={enough}", "--max_tokens=60000"]) == 0
     assert (
-        len(read_manifest(enough)["shards"]) == 3
+        written_shards(enough) == 3
         and data_generator.main([f"--data_dir={enough}", "--verify"]) == 0
     )
     finish_and_compare(uninterrupted, tmp_path)
@@ -852,7 +1094,8 @@ sys.path.insert(0, {str(ROOT)!r})
 import data_generator
 peaks = []
 def memory():
-    found = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split()
+    command = ["pgrep", "-P", str(os.getpid())]
+    found = subprocess.run(command, capture_output=True, text=True).stdout.split()
     pids, total = [os.getpid(), *map(int, found)], 0
     for pid in pids:
         try:
@@ -860,13 +1103,14 @@ def memory():
         except OSError:
             pass
     return total / 1000
-def endless(state):
+def endless():
     for n in itertools.count():
-        if n % 20 == 0:
+        if n % 5000 == 0:
             peaks.append(memory())
-        yield ["some words of a document that is one of very many " * 20] * 256, n
-data_generator.pydoc_batches = endless
-words = "--dataset=pydoc --data_dir={tmp_path} --max_tokens=30000000 --shard_size=2000000 --num_proc=2"
+        yield "some words of a document that is one of very many " * 20
+data_generator.pydoc_documents = endless
+words = "--dataset=pydoc --data_dir={tmp_path} --max_tokens=30000000 --num_proc=2"
+words += " --shard_size=2000000"
 code = data_generator.main(words.split())
 print(*peaks)
 sys.exit(code)
@@ -888,15 +1132,19 @@ sys.exit(code)
     [
         (["--dataset=nothing.txt"], "--dataset nothing.txt: there is no such file"),
         (["--dataset=no/*.parquet"], "there is no such file"),
-        (["--dataset=tests"], "tests is a directory; name its files"),
-        (["--dataset=README.md"], "README.md is none of .txt .jsonl"),
+        (
+            ["--dataset=."],
+            r"its files are of several types: give one type, as in '\./\*\*/\*",
+        ),
+        (["--dataset=lib"], "none of its files is .txt .md .jsonl"),
+        (["--dataset=lib/cli.py"], "lib/cli.py is none of .txt .md .jsonl"),
         (["--shard_size=0"], "--shard_size is 0: it must be at least 1"),
         (
             ["--preset=demo", f"--shard_size={10**18}"],
             "a shard does not fit into this machine's memory",
         ),
         (["--num_proc=0"], "--num_proc is 0"),
-        (["--tokenizer=gpt4"], "invalid choice: 'gpt4'"),
+        (["--tokenizer=gpt4"], "there is no tokenizer gpt4: give gpt2, bytes"),
         (["--shard=4"], "unknown flag --shard"),
         (
             ["--max_tokens=1000"],
@@ -944,7 +1192,7 @@ def test_a_document_without_text_is_named(tmp_path, capsys):
         "--tokenizer=bytes",
     ]
     assert data_generator.main([*words, "--shard_size=2000"]) == 2
-    assert "document 444 (counted from 0) has no text: its text is None" in capsys.readouterr().err
+    assert "a.jsonl line 445: text is null, not a text\nHINT: --skip_bad" in capsys.readouterr().err
     assert data_generator.main([*words, "--text_field=body", "--shard_size=2000"]) == 2
     assert "--text_field body" in capsys.readouterr().err
 
@@ -957,7 +1205,98 @@ def test_a_file_that_is_not_utf8(tmp_path, capsys):
         )
         == 2
     )
-    assert "can't be read: UnicodeDecodeError" in capsys.readouterr().err
+    assert "a.txt: it is not UTF-8: byte 0xE9 at place 6" in capsys.readouterr().err
+
+
+def test_what_is_no_text_is_left_out_and_counted(tmp_path, capsys):
+    documents = words_of(3000)
+    bad = {5: "4", 299: "null", 300: '["a"]', 2000: "true", 2999: '"\\udfff"'}
+    lines = [f'{{"text": {bad.get(n, json.dumps(text))}}}' for n, text in enumerate(documents)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    words = ["--dataset", str(tmp_path / "a.jsonl"), "--tokenizer=bytes", "--shard_size=9000"]
+    words += ["--data_dir", str(tmp_path / "data")]
+    assert data_generator.main(words) == 2
+    said = f"{tmp_path}/a.jsonl line 6: text is the number 4, not a text"
+    assert f"error: {said}\nHINT: --skip_bad leaves such" in capsys.readouterr().err
+    assert not (tmp_path / "data" / "manifest.json").exists()
+    assert data_generator.main([*words, "--skip_bad"]) == 0
+    good = [text for n, text in enumerate(documents) if n not in bad]
+    assert_shards(tmp_path / "data", plain_shards(good, "bytes", 9000), skipped=5)
+    printed = capsys.readouterr().out
+    assert "left out, as no texts: 5 documents; the first here:\n" in printed
+    assert [line.strip() for line in printed.splitlines() if "    " in line] == [
+        said,
+        f"{tmp_path}/a.jsonl line 300: text is null, not a text",
+        f'{tmp_path}/a.jsonl line 301: text is the list ["a"], not a text',
+    ]
+    assert json.loads((tmp_path / "data" / "manifest.json").read_text())["skipped"] == 5
+
+
+def test_nothing_but_what_is_no_text(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": 1}\n' * 3)
+    words = ["--dataset", str(tmp_path / "a.jsonl"), "--data_dir", str(tmp_path / "data")]
+    assert data_generator.main([*words, "--skip_bad"]) == 2
+    assert "a.jsonl has no documents but 3 documents left out" in capsys.readouterr().err
+
+
+def test_a_million_white_space_characters(tmp_path):
+    """tiktoken can't take them at once; GPT-2's tokens decode to the same text."""
+    texts = ["words" + " " * 1_100_000 + "more", "\n" * 1_000_001 + "x", "plain"]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    words = ["--dataset", str(tmp_path / "a.jsonl"), "--data_dir", str(tmp_path / "data")]
+    assert data_generator.main([*words, "--shard_size=1000000"]) == 0
+    shards = read_manifest(tmp_path / "data").shards
+    tokens = np.concatenate([np.load(tmp_path / "data" / entry.file) for entry in shards])
+    gpt2 = tiktoken.get_encoding("gpt2")
+    assert gpt2.decode(tokens).split("<|endoftext|>")[1:] == texts
+
+
+def test_words_of_a_pattern_that_was_not_quoted(tmp_path, capsys):
+    assert data_generator.main(["--dataset", "a.txt", "b.txt", "c.txt"]) == 2
+    assert "b.txt belongs to no flag: quote a text of several" in capsys.readouterr().err
+
+
+def test_the_next_command_is_quoted_for_the_shell(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("text " * 100)
+    data_dir = tmp_path / "it's my data"
+    words = ["--dataset", str(tmp_path / "a.txt"), "--tokenizer=bytes", "--shard_size=100"]
+    assert data_generator.main([*words, "--data_dir", str(data_dir)]) == 0
+    (line,) = [s for s in capsys.readouterr().out.splitlines() if s.startswith("next: ")]
+    command = line.removeprefix("next: ")
+    shell = subprocess.run(f"printf '%s\\n' {command}", shell=True, capture_output=True, text=True)
+    assert shell.stdout.splitlines() == ["python", "train.py", "--data_dir", str(data_dir)]
+
+
+def test_without_the_directory_of_the_script_in_the_path(tmp_path):
+    (tmp_path / "a.txt").write_text("text " * 100)
+    words = ["--dataset=a.txt", "--tokenizer=bytes", "--shard_size=100", "--data_dir=data"]
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}
+    command = [sys.executable, str(ROOT / "data_generator.py"), *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_machine_without_semaphores(tmp_path):
+    """/dev/shm is closed: the message names it, and not the user's file."""
+    program = """
+import _multiprocessing, sys
+import data_generator
+class Closed:
+    SEM_VALUE_MAX = _multiprocessing.SemLock.SEM_VALUE_MAX
+    def __init__(self, *arguments):
+        raise PermissionError(13, "Permission denied")
+_multiprocessing.SemLock = Closed
+if __name__ == "__main__":
+    sys.exit(data_generator.main(sys.argv[1:]))
+"""
+    (tmp_path / "driver.py").write_text(program)
+    (tmp_path / "a.txt").write_text("text " * 100)
+    words = ["--dataset=a.txt", "--tokenizer=bytes", "--shard_size=100", "--data_dir=data"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "driver.py", *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "which Linux keeps in /dev/shm" in done.stderr, done.stderr
+    assert "a.txt" not in done.stderr and "Traceback" not in done.stderr
 
 
 # ---- verify ----
@@ -968,9 +1307,7 @@ def test_verify_names_each_bad_file(uninterrupted, tmp_path, capsys):
     words = ["--verify", f"--data_dir={tmp_path / 'data'}"]
     assert data_generator.main(words) == 0
     assert "shards are good; the data set is complete" in capsys.readouterr().out
-    shard = [
-        tmp_path / "data" / entry["file"] for entry in read_manifest(tmp_path / "data")["shards"]
-    ]
+    shard = [tmp_path / "data" / entry.file for entry in read_manifest(tmp_path / "data").shards]
     flipped = bytearray(shard[1].read_bytes())
     flipped[5000] ^= 1
     shard[1].write_bytes(flipped)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from hub import Hub
 from safetensors import safe_open
 
 import export
+import metrics
 import sample
 import train
 from GPT_Modules import GPT, GPTConfig
@@ -24,8 +26,8 @@ from lib.checkpoint import load_checkpoint, load_model
 from lib.tokenizer import get_tokenizer
 
 FILES = {
-    "README.md", "config.json", "generation_config.json", "merges.txt", "model.safetensors", "special_tokens_map.json",
-    "tokenizer.json", "tokenizer_config.json", "vocab.json",
+    "README.md", "config.json", "generation_config.json", "merges.txt", "model.safetensors",
+    "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
 }  # fmt: skip
 SMALL = GPTConfig(block_size=1024, vocab_size=50304, n_layer=2, n_head=2, n_embd=32)
 
@@ -104,7 +106,7 @@ def test_transformers_computes_the_same_logits(
         else (bytes_folder, trained / "model_checkpoint.pt")
     )
     model, tokenizer = load_model(str(path))
-    n_vocab = get_tokenizer(tokenizer).n_vocab
+    n_vocab = tokenizer.n_vocab
     twin = AutoModelForCausalLM.from_pretrained(folder)
     idx = torch.randint(n_vocab, (3, 16))
     with torch.no_grad():
@@ -147,7 +149,7 @@ def test_transformers_tokenizes_as_tiktoken(kind, gpt2_folder, bytes_folder):
         get_tokenizer(kind),
     )
     for text in all_characters():
-        tokens = ours.encode(text, allowed_special="all")
+        tokens = ours.encode_prompt(text)
         assert theirs(text)["input_ids"] == tokens
         assert theirs.decode(tokens) == text
     assert theirs.eos_token_id == ours.eot_token and len(theirs) == ours.n_vocab
@@ -265,7 +267,8 @@ def test_the_card_says_what_was_measured(bytes_folder, gpt2_folder):
     card = ModelCard.load(bytes_folder / "README.md")
     assert sample.printable("a\0b\n") == "a\ufffdb\n" and "\0" not in card.content
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
-    assert card.data.license == "mit" and card.data.language == "en" and card.data.datasets is None
+    assert card.data.license == "mit" and card.data.datasets is None
+    assert card.data.language is None  # of random bytes nobody knows it
     losses = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert (
         list(losses) == ["loss"]
@@ -314,37 +317,43 @@ def test_the_card_of_an_older_checkpoint_does_not_know_the_future(data_dir, tmp_
 
 
 def test_the_card_dates_a_loss_that_is_older_than_its_weights(data_dir, tmp_path):
-    assert (
-        train.main(flags(data_dir=data_dir, log_dir=tmp_path / "log", val_every=4, save_every=3))
-        == 0
-    )
-    for step, words in ((6, " nats per byte, at step 4 |"), (8, " nats per byte |")):
+    words = flags(data_dir=data_dir, log_dir=tmp_path / "log", val_every=4, save_every=3)
+    assert train.main(words) == 0
+    losses = dict(metrics.read_log(tmp_path / "log")["val"])
+    for step, at, when in ((3, 0, ", at step 0 |"), (6, 4, ", at step 4 |"), (8, 8, " |")):
+        if not (model := tmp_path / "log" / f"model_{step:05d}.pt").exists():
+            continue
         out = tmp_path / str(step)
-        assert (
-            export.main(
-                ["--model", str(tmp_path / "log" / f"model_{step:05d}.pt"), "--out", str(out)]
-            )
-            == 0
-        )
-        loss = load_checkpoint(tmp_path / "log" / f"model_{step:05d}.pt")["val_loss"]
-        assert f"| validation loss | {loss:.4f}{words}" in (out / "README.md").read_text()
+        assert export.main(["--model", str(model), "--out", str(out)]) == 0
+        line = f"| validation loss | {losses[at]:.4f} nats per byte{when}"
+        assert line in (out / "README.md").read_text()
 
 
-def test_the_card_of_a_run_that_an_older_version_began(data_dir, trained, tmp_path):
-    """Its checkpoints don't say at which step the loss was measured: it is taken for theirs, and
-    stays at that step."""
-    state = load_checkpoint(trained / "model_00006.pt")
-    del state["val_step"]
-    torch.save(state, tmp_path / "model_00006.pt")
-    assert train.main(flags(data_dir=data_dir, log_dir=tmp_path, val_every=0, val_tokens=256)) == 0
-    for step, words in ((6, " nats per byte |"), (8, " nats per byte, at step 6 |")):
-        out = tmp_path / str(step)
-        assert (
-            export.main(["--model", str(tmp_path / f"model_{step:05d}.pt"), "--out", str(out)]) == 0
-        )
-        assert (
-            f"| validation loss | {state['val_loss']:.4f}{words}" in (out / "README.md").read_text()
-        )
+@pytest.mark.parametrize("block_size", [4, 16, 32, 64])
+def test_the_cards_example_fits_the_context(block_size, tmp_path):
+    """And runs, where transformers is; it is only code in the card."""
+    import transformers
+
+    shape = GPTConfig(block_size, vocab_size=257, n_layer=1, n_head=1, n_embd=8)
+    state = {"model": GPT(shape).state_dict(), "config": shape, "step": 1, "tokenizer": "bytes"}
+    torch.save(state, tmp_path / "model.pt")
+    out = tmp_path / "out"
+    assert export.main(["--model", str(tmp_path / "model.pt"), "--out", str(out)]) == 0
+    [code] = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    length = int(re.search(r"max_new_tokens=(\d+)", code)[1])
+    prompt = "Return the " if "Return the " in code else "."
+    assert len(prompt) + length <= block_size and ("Return" in code) == (block_size >= 16)
+    generator = transformers.pipeline("text-generation", model=str(out))
+    text = prompt if "Return" in code else generator.tokenizer.eos_token
+    generator(text, max_new_tokens=length, min_new_tokens=length)  # IndexError beyond the context
+
+
+def test_the_printed_command_is_quoted_for_the_shell(trained, tmp_path, capsys):
+    out = tmp_path / "it's a $(folder)"
+    assert export.main(["--model", str(trained), "--out", str(out)]) == 0
+    [line] = re.findall(r"next: (.*)", capsys.readouterr().out)
+    words = shlex.split(line)
+    assert words[:6] == ["python", "export.py", "--model", str(trained), "--out", str(out)]
 
 
 def test_the_card_names_no_directory_of_its_owner(trained, tmp_path):
@@ -354,6 +363,8 @@ def test_the_card_names_no_directory_of_its_owner(trained, tmp_path):
     state["train_config"] |= {"init_from": str(tmp_path / "private" / "weights.pt")}
     path = tmp_path / "private" / "log" / "model_00008.pt"
     torch.save(state, path)
+    for name in ("log.txt", "run.json"):
+        shutil.copy(trained / name, path.parent)
     assert export.main(["--model", str(path), "--out", str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert (
@@ -474,8 +485,8 @@ def test_what_goes_wrong_with_the_hub_is_one_message(case, message, trained, tmp
 
 def test_the_plain_upload_folder_works_too(bytes_folder):
     program = (
-        f"from huggingface_hub import HfApi; HfApi().upload_folder(folder_path={str(bytes_folder)!r},"
-        " repo_id='you/GPT124M')"
+        "from huggingface_hub import HfApi; "
+        f"HfApi().upload_folder(folder_path={str(bytes_folder)!r}, repo_id='you/GPT124M')"
     )
     with Hub({"you/GPT124M": {}}) as hub:
         environment = os.environ | {

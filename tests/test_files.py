@@ -91,10 +91,9 @@ def test_a_directory_that_cannot_be_made(tmp_path):
 # ---- file systems that can't do everything: faults.c in a real process of each script ----
 
 LOCKS = "has no locks: two jobs that write to"
-LINKS = "has no symbolic links: model_checkpoint.pt is a copy of the newest checkpoint, without the optimizer"
+LINKS = "has no symbolic links: model_checkpoint.pt is a copy of its checkpoint"
 FLUSHES = "has no flushing of directories: after a power cut the newest files may be missing"
 MAPS = "has no memory maps: the tokens of"
-RENAMES = "has no renaming onto an existing name: a process that is killed meanwhile can leave neither file"
 CASES = [  # script, call, error, path, times, what it says ("": nothing), exit code
     ("data_generator.py", "lock", "ENOLCK", ".lock", None, LOCKS, 0),
     ("train.py", "symlink", "EPERM", "model_checkpoint", None, LINKS, 0),
@@ -105,20 +104,17 @@ CASES = [  # script, call, error, path, times, what it says ("": nothing), exit 
         "EIO",
         "model_00008.pt",
         None,
-        "the last checkpoint could not be saved in",
+        "the last checkpoint could not be saved: ",
         1,
     ),
 ]
 MORE_CASES = [
     ("data_generator.py", "flushdir", "EINVAL", "data", None, FLUSHES, 0),
-    ("data_generator.py", "rename", "EEXIST", "manifest.json", None, RENAMES, 0),
     ("train.py", "mmap", "ENODEV", ".npy", None, MAPS, 0),
-    ("train.py", "stat", "ESTALE", ".npy", 1, "", 0),
     ("export.py", "fsync", "EIO", "model.safetensors", 1, "out can't be written: [Errno 5]", 1),
     ("data_generator.py", "lock", "ENOSYS", ".lock", None, LOCKS, 0),
     ("data_generator.py", "lock", "EOPNOTSUPP", ".lock", None, LOCKS, 0),
     ("data_generator.py", "flushdir", "EBADF", "data", None, FLUSHES, 0),
-    ("data_generator.py", "stat", "ESTALE", "docs.jsonl", 1, "", 0),
     ("data_generator.py", "read", None, "data/", None, "", 0),
     (
         "data_generator.py",
@@ -132,8 +128,6 @@ MORE_CASES = [
     ("train.py", "lock", "ENOLCK", ".lock", None, LOCKS, 0),
     ("train.py", "symlink", "EOPNOTSUPP", "model_checkpoint", None, LINKS, 0),
     ("train.py", "flushdir", "EINVAL", "log", None, FLUSHES, 0),
-    ("train.py", "rename", "EEXIST", "", None, RENAMES, 0),
-    ("train.py", "stat", "ESTALE", "model_0", 1, "", 0),
     (
         "train.py",
         "fsync",
@@ -144,7 +138,6 @@ MORE_CASES = [
         0,
     ),
     ("export.py", "flushdir", "EINVAL", "out", None, FLUSHES, 0),
-    ("export.py", "stat", "ESTALE", "model_0", 1, "", 0),
     ("export.py", "read", None, "model_0", None, "", 0),
 ]
 
@@ -174,8 +167,10 @@ def undisturbed(tmp_path_factory, data_dir, trained):
 def command(name, directory, inputs, data_dir, trained) -> list:
     """A run of each script that writes below `directory`."""
     return {
-        "data_generator.py": [name, "--dataset", inputs / "docs.jsonl", "--data_dir", directory / "data",
-                              "--tokenizer=bytes", "--shard_size=1000", "--num_proc=1"],
+        "data_generator.py": [
+            name, "--dataset", inputs / "docs.jsonl", "--data_dir", directory / "data",
+            "--tokenizer=bytes", "--shard_size=1000", "--num_proc=1",
+        ],
         "train.py": [name, *flags(data_dir=data_dir, log_dir=directory / "log")],
         "export.py": [name, "--model", trained / "model_00008.pt", "--out", directory / "out"],
     }[name]  # fmt: skip
@@ -214,7 +209,7 @@ def test_what_a_file_system_cannot_do(case, faults, undisturbed, data_dir, train
         assert script(*words).returncode == 0
     if name == "train.py":
         newest = torch.load(tmp_path / "log" / "model_checkpoint.pt")
-        assert ("optimizer" in newest) == (call != "symlink") and newest["step"] == 8
+        assert "optimizer" in newest and newest["step"] == 8
         whole = load_checkpoint(tmp_path / "log" / "model_00008.pt")
         assert all(torch.equal(t, newest["model"][n]) for n, t in whole["model"].items())
         reference = load_checkpoint(trained / "model_00008.pt")

@@ -17,7 +17,7 @@ from hub import Hub
 import hellaswag
 import train
 from GPT_Modules import GPT, GPTConfig
-from hellaswag import count_right, load_examples, losses, prepare
+from hellaswag import count_right, ending_losses, load_examples, prepare
 from lib.cli import UserError
 from lib.tokenizer import get_tokenizer
 
@@ -47,7 +47,7 @@ def test_scores_are_those_of_brute_force(style, model, tmp_path):
     examples = write_hellaswag(tmp_path / "h.jsonl", 60)
     encoding = get_tokenizer("gpt2")
     questions = prepare(load_examples(str(tmp_path / "h.jsonl"), style), encoding, style, 64, 300)
-    got = losses(model, questions)
+    got = ending_losses(model, questions, questions.batches)
     right = right_norm = cut = 0
     for number, example in enumerate(examples):
         sums, means = [], []
@@ -63,7 +63,8 @@ def test_scores_are_those_of_brute_force(style, model, tmp_path):
                     )
 
                 query = clean(
-                    f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}"
+                    f"{example['activity_label']}: {example['ctx_a']} "
+                    + example["ctx_b"].capitalize()
                 )
                 context = encoding.encode(query.rstrip())
                 tokens = encoding.encode(query + " " + clean(ending))[len(context) :]
@@ -84,13 +85,12 @@ def test_scores_are_those_of_brute_force(style, model, tmp_path):
 def test_batches_change_nothing(model, tmp_path):
     write_hellaswag(tmp_path / "h.jsonl", 30)
     examples = load_examples(str(tmp_path / "h.jsonl"))
-    results = [
-        losses(model, prepare(examples, get_tokenizer("gpt2"), "completion", 64, budget))
-        for budget in (1, 200, 10**6)
-    ]
-    assert np.allclose(results[0], results[1], atol=1e-4) and np.allclose(
-        results[0], results[2], atol=1e-4
-    )
+    results = []
+    for batch_tokens in (1, 200, 10**6):
+        questions = prepare(examples, get_tokenizer("gpt2"), "completion", 64, batch_tokens)
+        results.append(ending_losses(model, questions, questions.batches))
+    assert np.allclose(results[0], results[1], atol=1e-4)
+    assert np.allclose(results[0], results[2], atol=1e-4)
 
 
 def test_of_equal_scores_the_first_counts():
@@ -271,16 +271,20 @@ from lm_eval.api.task import ConfigurableTask
 folder, data, out = sys.argv[1:]
 config = {
     "task": "local", "dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": data}},
-    "output_type": "multiple_choice", "validation_split": "validation", "process_docs": process_docs,
+    "output_type": "multiple_choice", "validation_split": "validation",
+    "process_docs": process_docs,
     "doc_to_text": "{{query}}", "doc_to_target": "{{label}}", "doc_to_choice": "choices",
     "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
 }
 task = ConfigurableTask(config=config)
 model = HFLM(folder, device="cpu", batch_size=8)
 results = lm_eval.simple_evaluate(model, tasks=[task], log_samples=True, bootstrap_iters=0)
-samples = [[float(choice[0]) for choice in sample["filtered_resps"]] for sample in results["samples"]["local"]]
+samples = []
+for sample in results["samples"]["local"]:
+    samples.append([float(choice[0]) for choice in sample["filtered_resps"]])
 scores = results["results"]["local"]
-json.dump({"samples": samples, "acc": scores["acc,none"], "acc_norm": scores["acc_norm,none"]}, open(out, "w"))
+scores = {"acc": scores["acc,none"], "acc_norm": scores["acc_norm,none"]}
+json.dump({"samples": samples} | scores, open(out, "w"))
 """
 
 
@@ -317,12 +321,12 @@ def test_harness_style_is_lm_evaluation_harness(tmp_path, data_dir):
     model, tokenizer = load_model(str(tmp_path / "folder"))
     questions = prepare(
         load_examples(str(tmp_path / "h.jsonl"), "harness"),
-        get_tokenizer(tokenizer),
+        tokenizer,
         "harness",
         96,
         2048,
     )
-    ours = losses(model, questions)
+    ours = ending_losses(model, questions, questions.batches)
     assert np.abs(ours + np.array(theirs["samples"])).max() < 1e-4 * max(1, ours.max() / 10)
     right, right_norm = count_right(questions, ours)
     assert (right / 120, right_norm / 120) == (theirs["acc"], theirs["acc_norm"])

@@ -1,5 +1,6 @@
 """The log, the arithmetic of speed, the curve, the trackers."""
 
+import dataclasses
 import json
 import math
 import resource
@@ -13,6 +14,7 @@ from conftest import ROOT, script
 
 import metrics
 from GPT_Modules import GPTConfig
+from lib.cli import UserError
 from metrics import Log, flops_per_token, peak_flops, read_log
 
 
@@ -26,13 +28,17 @@ def test_flops_of_124m():
 
 def test_peak_rates_by_name():
     rates = {
-        "NVIDIA A100-SXM4-80GB": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835,
-        "NVIDIA H200": 989, "NVIDIA L4": 121, "NVIDIA L40S": 362, "NVIDIA A10G": 70, "NVIDIA H20": 148,
+        "NVIDIA A100-SXM4-80GB": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756,
+        "NVIDIA H100 NVL": 835, "NVIDIA H200": 989, "NVIDIA L4": 121, "NVIDIA L40S": 362,
+        "NVIDIA A10G": 70, "NVIDIA H20": 148,
         "NVIDIA RTX 6000 Ada Generation": 364, "NVIDIA GeForce RTX 4090": 165,
     }  # fmt: skip
     for name, rate in rates.items():
         assert peak_flops(name) == rate * 1e12, name
     assert peak_flops("Tesla V100-SXM2-16GB") is None and peak_flops("Quadro RTX 6000") is None
+    for name in ("GeForce RTX 3090 Ti", "GeForce RTX 4090 D", "RTX 4090 Laptop GPU", "H200 NVL"):
+        assert peak_flops(f"NVIDIA {name}") is None, name
+    assert peak_flops("NVIDIA A100-SXM4-80GB MIG 1g.10gb") is None
 
 
 def test_duration():
@@ -72,26 +78,50 @@ def write_run(directory, train: int, val=True, hella=True, dataset="HuggingFaceF
                 **({"val": 3 + 8 / (1 + step / 40)} if val else {}),
                 **({"hella": 0.25 + step / 9000} if hella else {}),
             )
-    run = {
-        "tokens_per_step": 2**19,
-        "parameters": 124_475_904,
-        "hardware": "8 x NVIDIA A100",
-        "config": {"max_steps": train - 1},
-    }
-    metrics.write_run(directory, run | {"data": {"dataset": dataset, "tokenizer": "gpt2"}})
+    facts = metrics.RunFacts(
+        config={"max_steps": train - 1},
+        model={},
+        data={"dataset": dataset, "tokenizer": "gpt2"},
+        parameters=124_475_904,
+        tokens_per_step=2**19,
+        hardware="8 x NVIDIA A100",
+        precision="bfloat16",
+        compiled=True,
+        versions={},
+    )
+    metrics.write_run(directory, facts)
+    assert metrics.read_run(directory) == facts
 
 
-def test_a_log_waits_for_a_disk_with_room(tmp_path):
-    """Three megabytes of lines while no file may grow; then all of them."""
+def test_a_full_disk_is_a_message_that_names_the_log(tmp_path):
     log = Log(tmp_path, 0)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
     try:
-        for step in range(50_000):
-            log.write(step, train=5.12345, lr=6e-4, norm=1.23456)
+        with pytest.raises(UserError, match="log.txt can't be written: File too large") as error:
+            log.write(0, train=5.12345)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    log.sync()
-    assert [step for step, _ in read_log(tmp_path)["norm"]] == list(range(50_000))
+    assert error.value.code == 1
+
+
+def test_a_curve_is_thinned_by_means_and_keeps_its_ends():
+    """100,000 steps: at most 4,000 points, each the mean of as many steps as the others."""
+    curve = metrics.Curve()
+    for step in range(100_000):
+        curve.add(step, "train", float(step))
+    steps = curve.train.steps
+    width = curve.train.width
+    assert width == 32 and 2000 <= len(steps) <= 4000
+    assert steps == [width * (n + 1) - 1 for n in range(len(steps))]
+    assert curve.train.values == [step - (width - 1) / 2 for step in steps]
+
+
+def test_a_resumed_log_has_the_curve_of_one_that_was_never_stopped(tmp_path):
+    write_run(tmp_path, 300)
+    whole = metrics.read_curve(tmp_path)
+    continued = Log(tmp_path, 300).curve
+    assert vars(continued.train) == vars(whole.train)
+    assert (continued.val, continued.hella) == (whole.val, whole.hella) and len(whole.val) == 12
 
 
 def test_lines_that_are_torn_or_edited_are_passed_over(tmp_path, capsys):
@@ -134,7 +164,7 @@ def test_a_curve_leaves_out_what_is_not_finite(tmp_path):
     nan, inf = float("nan"), float("inf")
     log = Log(tmp_path, 0)
     log.write(0, train=nan, val=nan, hella=nan)
-    assert metrics.plot(tmp_path) is None
+    assert metrics.plot(tmp_path).exists()  # empty axes
     log.write(1, train=5, val=inf)
     log.write(2, train=inf, val=5, hella=0.25)
     assert metrics.plot(tmp_path).exists()
@@ -202,6 +232,9 @@ def test_tensorboard_has_every_value(follow, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     write_run(tmp_path, 60)
+    if follow:
+        facts = metrics.read_run(tmp_path)
+        metrics.write_run(tmp_path, dataclasses.replace(facts, config={"max_steps": 60}))
     command = [
         sys.executable,
         str(ROOT / "metrics.py"),
@@ -211,10 +244,12 @@ def test_tensorboard_has_every_value(follow, tmp_path):
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert any(line.startswith("drawn") for line in process.stdout)
-    if follow:  # the run still saves its last checkpoint
+    if follow:  # the run has its last step still to come
         time.sleep(3)
-        Log(tmp_path, 60).write(59, save_s=1.5)
+        Log(tmp_path, 60).write(60, val=3.5)
     assert process.wait(timeout=60) == 0
+    if not follow:  # a second replay takes the place of the first
+        subprocess.run(command, check=True, capture_output=True)
     events = EventAccumulator(
         str(tmp_path / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}
     ).Reload()
@@ -242,6 +277,7 @@ def test_wandb_offline_has_every_step(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert path.stem == f"run-{(tmp_path / 'wandb_id.txt').read_text().strip()}"
     got = {}
     for row in wandb_history(path.read_bytes()):
         for stream, value in row.items():

@@ -11,41 +11,39 @@ from conftest import ROOT, script
 import sample
 from GPT_Modules import GPT, GPTConfig
 from lib.tokenizer import get_tokenizer
-from sample import stream_text
+from sample import Sampling, stream_text
 
 SHAPE = GPTConfig(block_size=32, vocab_size=320, n_layer=1, n_head=2, n_embd=16)
 
 
 def test_pieces_are_the_text_of_generate():
     torch.manual_seed(0)
-    model, encoding = GPT(SHAPE).eval(), get_tokenizer("bytes")
-    with torch.no_grad():
-        model.transformer.wte.weight[256] = -10 * model.transformer.wte.weight[:256].mean(
-            0
-        )  # no end of the document
-    pieces = list(stream_text(model, encoding, "héllo", 60, seed=3))
+    model, tokenizer = GPT(SHAPE).eval(), get_tokenizer("bytes")
+    with torch.no_grad():  # no end of the document
+        model.transformer.wte.weight[256] = -10 * model.transformer.wte.weight[:256].mean(0)
+    pieces = list(stream_text(model, tokenizer, "héllo", Sampling(60, seed=3)))
     assert len(pieces) == 61
     generator = torch.Generator().manual_seed(3)
-    idx = torch.tensor([encoding.encode("héllo")])
+    idx = torch.tensor([tokenizer.encode("héllo")])
     tokens = model.generate(idx, 60, 1.0, 50, generator, 257)[0, idx.size(1) :].tolist()
     tokens = tokens[: tokens.index(256)] if 256 in tokens else tokens
     assert "".join(pieces) == bytes(tokens).decode(errors="replace")
 
 
 def test_a_document_that_ends_ends_the_text():
-    model, encoding = GPT(SHAPE), get_tokenizer("bytes")
+    model, tokenizer = GPT(SHAPE), get_tokenizer("bytes")
 
     def end_after_two(idx, *rest):
         yield from (torch.tensor([[token]]) for token in (104, 105, 256, 120))
 
     model.stream = end_after_two
-    assert "".join(stream_text(model, encoding, "", 60)) == "hi"
+    assert "".join(stream_text(model, tokenizer, "", Sampling(60))) == "hi"
 
 
 def test_a_character_of_several_tokens_comes_out_whole():
-    model, encoding = GPT(SHAPE), get_tokenizer("bytes")
+    model, tokenizer = GPT(SHAPE), get_tokenizer("bytes")
     model.stream = lambda *words: (torch.tensor([[byte]]) for byte in "é中🙂".encode())
-    pieces = list(stream_text(model, encoding, "", 60))
+    pieces = list(stream_text(model, tokenizer, "", Sampling(60)))
     assert "".join(pieces) == "é中🙂" and "�" not in "".join(pieces)
 
 
@@ -93,6 +91,7 @@ def test_bad_input(trained, tmp_path, capsys):
         (["x", "--temperature=inf"], "--temperature is inf"),
         (["x", "--seed=99999999999999999999"], "--seed is 99999999999999999999"),
         (["x", "--prompt_file=y"], "give a prompt or --prompt_file, not both"),
+        (["\udcff"], "the prompt on the command line can't be read as UTF-8 text"),
         (["--prompt_file=/nowhere"], "can't be read as UTF-8 text"),
         (["--prompt_file", str(tmp_path / "latin")], "can't be read as UTF-8 text"),
     ):
@@ -126,3 +125,24 @@ def test_nobody_listens_any_more(trained):
         process.wait(timeout=60) == 1
         and process.stderr.read() == "stopped: nobody reads the output\n"
     )
+
+
+def test_a_million_spaces_and_a_temperature_that_is_almost_nothing(trained, tmp_path, capsys):
+    (tmp_path / "prompt.txt").write_text("a" + " " * 1_000_000 + "b")
+    words = ["--prompt_file", str(tmp_path / "prompt.txt"), "--model", str(trained)]
+    words += ["--num_samples=1", "--max_new_tokens=5"]
+    texts = []
+    for temperature in ("0", "1e-30", "5e-324"):
+        assert sample.main([*words, "--temperature", temperature]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2] and len(texts[0]) > 1_000_002
+
+
+def test_a_model_with_gpt2s_tokens_reads_a_million_spaces(tmp_path, capsys):
+    shape = GPTConfig(block_size=32, vocab_size=50257, n_layer=1, n_head=2, n_embd=16)
+    state = {"model": GPT(shape).state_dict(), "config": shape, "step": 1, "tokenizer": "gpt2"}
+    torch.save(state, tmp_path / "model.pt")
+    prompt = " " * 1_100_000 + "b"
+    words = ["--model", str(tmp_path / "model.pt"), "--num_samples=1", "--max_new_tokens=5"]
+    assert sample.main([prompt, *words]) == 0
+    assert capsys.readouterr().out.startswith(prompt)

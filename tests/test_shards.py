@@ -1,6 +1,9 @@
 """Tokens on disk: the loader against one long array, shards that are bad, memory."""
 
+import errno
+import hashlib
 import io
+import json
 import random
 import subprocess
 import sys
@@ -11,7 +14,7 @@ import torch
 from conftest import ROOT, write_shards
 
 from lib.cli import UserError
-from lib.shards import TokenLoader, shuffled
+from lib.shards import TokenLoader, read_manifest, write_manifest
 
 
 def test_a_step_depends_on_its_number_alone(tmp_path):
@@ -68,9 +71,7 @@ def test_bin_shards_of_llm_c(tmp_path):
         ("fineweb_val_000000.bin", tokens[:300]),
         ("fineweb_train_000001.bin", tokens[300:]),
     ):
-        header = np.zeros(256, dtype=np.int32)
-        header[:3] = 20240520, 1, len(part)
-        (tmp_path / name).write_bytes(header.tobytes() + part.tobytes())
+        (tmp_path / name).write_bytes(bin_shard(part))
     loader = TokenLoader(tmp_path, "train", 10, 2, 20)
     assert loader.tokenizer == "gpt2" and loader.tokens == 600
     x, y = next(loader.batches(0))
@@ -81,8 +82,8 @@ def test_bin_shards_of_llm_c(tmp_path):
 
 def order(directory, seed, epoch, world_size=1, B=1) -> list[int]:
     """The sequences of an epoch in the order in which they are read, told by their first token."""
-    loaders = [TokenLoader(directory, "train", 4, B, 4 * B * world_size, r, world_size, shuffle=seed)
-               for r in range(world_size)]  # fmt: skip
+    words = (directory, "train", 4, B, 4 * B * world_size)
+    loaders = [TokenLoader(*words, r, world_size, shuffle=seed) for r in range(world_size)]
     steps = range(epoch * loaders[0].sequences, (epoch + 1) * loaders[0].sequences)
     batches = [batch for step in steps for loader in loaders for batch in loader.batches(step)]
     return [int(row[0]) for x, _ in batches for row in x]
@@ -110,16 +111,141 @@ def test_a_shuffled_epoch_reads_every_sequence_once_in_an_order_of_its_own(tmp_p
             assert got == [(orders[1, 0] + orders[1, 1])[20 * step + i] for i in range(20)]
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 63, 64, 65, 1000, 4097])
-def test_shuffled_is_a_permutation(n):
-    assert sorted(shuffled(i, n, "7 0") for i in range(n)) == list(range(n))
+@pytest.mark.parametrize("seed", [0, 1337, 2**32 - 1, 2**32, 2**32 + 1, 2**63 - 1])
+def test_the_order_of_an_epoch_is_numpys(seed, tmp_path):
+    np.save(tmp_path / "train_0.npy", np.repeat(np.arange(51), 4).astype(np.uint16))
+    for epoch in (0, 1, 7):
+        words = [seed, epoch] if seed < 2**32 else [seed % 2**32, epoch, seed // 2**32]
+        expected = np.random.RandomState(words).permutation(50)
+        assert order(tmp_path, seed, epoch) == expected.tolist()
 
 
-def test_all_places_are_equally_likely():
-    """Where place 3 of 10 goes, over 2,000 keys: chi-squared with 9 degrees of freedom, 1 in 1,000
-    is above 27.9."""
-    counts = np.bincount([shuffled(3, 10, f"{key} 0") for key in range(2000)], minlength=10)
-    assert ((counts - 200) ** 2 / 200).sum() < 27.9
+def test_seeds_have_orders_of_their_own(tmp_path):
+    np.save(tmp_path / "train_0.npy", np.repeat(np.arange(51), 4).astype(np.uint16))
+    seeds = [1, 2, 2**32 + 1, 2**33 + 1]
+    assert len({tuple(order(tmp_path, seed, 0)) for seed in seeds}) == len(seeds)
+
+
+def without_memory_maps(monkeypatch):
+    """What a file system that can't map files does to numpy."""
+
+    def refuse(*arguments, **options):
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr(np.memmap, "__new__", refuse)
+
+
+def test_without_memory_maps_two_shards_are_kept(tmp_path, monkeypatch, caplog):
+    """The same batches in the same order, and one warning."""
+    write_shards(tmp_path / "npy", {"train": [301, 57, 300, 200]})
+    bins = tmp_path / "bin"
+    bins.mkdir()
+    for number, path in enumerate(sorted((tmp_path / "npy").glob("*.npy"))):
+        (bins / f"train_{number}.bin").write_bytes(bin_shard(np.load(path)))
+    for directory in (tmp_path / "npy", bins):
+        for shuffle in (None, 1):
+            words = (directory, "train", 8, 2, 16)
+            mapped = TokenLoader(*words, shuffle=shuffle)
+            with monkeypatch.context() as patch:
+                without_memory_maps(patch)
+                loaded = TokenLoader(*words, shuffle=shuffle)
+                assert loaded.maps == [None] * 4 and loaded.tokens == mapped.tokens == 858
+                for step in range(2 * mapped.steps):
+                    ((x, y),) = mapped.batches(step)
+                    ((x2, y2),) = loaded.batches(step)
+                    assert torch.equal(x, x2) and torch.equal(y, y2)
+            assert loaded.load_shard.cache_info().currsize == 2
+    assert "has no memory maps: the tokens of" in caplog.text
+    assert caplog.text.count("WARNING: ") == 2  # one of each directory
+
+
+def bin_shard(tokens, magic=20240520, version=1) -> bytes:
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = magic, version, len(tokens)
+    return header.tobytes() + np.asarray(tokens, np.uint16).tobytes()
+
+
+def test_raw_tokens_of_nanogpt(tmp_path):
+    """train.bin and val.bin without a header are taken for GPT-2's tokens, and said to be."""
+    tokens = np.random.default_rng(0).integers(0, 50257, 900).astype(np.uint16)
+    tokens[:3] = 50256, 0, 1
+    tokens[:600].tofile(tmp_path / "train.bin")
+    tokens[600:].tofile(tmp_path / "val.bin")
+    loader = TokenLoader(tmp_path, "train", 10, 2, 20)
+    assert loader.tokens == 600 and loader.tokenizer == "gpt2" and loader.n_vocab == 50257
+    x, y = next(loader.batches(0))
+    assert np.array_equal(x.flatten(), tokens[:20]) and np.array_equal(y.flatten(), tokens[1:21])
+    said = "has no header: it is taken for nanoGPT's, raw uint16 tokens of GPT-2"
+    assert loader.notes == [f"{tmp_path / 'train.bin'} {said}"]
+    assert TokenLoader(tmp_path, "val", 10, 2, 20).notes == [f"{tmp_path / 'val.bin'} {said}"]
+    (tmp_path / "train.bin").unlink()  # the loader's thread may read what it has mapped
+    (tmp_path / "train.bin").write_bytes(bin_shard(tokens))  # with a header it is llm.c's
+    loader = TokenLoader(tmp_path, "train", 10, 2, 20)
+    assert loader.tokens == 900 and loader.notes == []
+    (tmp_path / "train.bin").write_bytes(b"odd")
+    with pytest.raises(UserError, match="train.bin is damaged or cut short"):
+        TokenLoader(tmp_path, "train", 10, 2, 20)
+    (tmp_path / "meta.pkl").write_bytes(b"")
+    with pytest.raises(UserError, match="a vocabulary of its own, which meta.pkl beside it"):
+        TokenLoader(tmp_path, "val", 10, 2, 20)
+
+
+def test_tokens_of_llama_are_named(tmp_path):
+    for name in ("fineweb_train_000001.bin", "train.bin"):
+        (tmp_path / name).write_bytes(bin_shard(range(100), magic=20240801, version=7))
+        with pytest.raises(UserError, match=f"{name} holds Llama 3's tokens .*20240801, uint32"):
+            TokenLoader(tmp_path, "train", 10, 2, 20)
+        (tmp_path / name).unlink()
+
+
+def test_no_shards_of_a_split(tmp_path):
+    """The message gives a command that works."""
+    with pytest.raises(UserError, match=r"there are no val shards in .*`python data_generator.py"):
+        TokenLoader(tmp_path / "my data", "val", 8, 1, 8)
+    for manifest in (True, False):
+        write_shards(tmp_path / str(manifest), {"train": [100]}, manifest=manifest)
+        with pytest.raises(UserError) as error:
+            TokenLoader(tmp_path / str(manifest), "val", 8, 1, 8)
+        assert str(error.value).endswith(
+            "/" + str(manifest) + ": --val_every 0 trains without validation"
+        )
+    with pytest.raises(UserError, match=r"--data_dir '.*my data'` makes them"):
+        TokenLoader(tmp_path / "my data", "train", 8, 1, 8)
+
+
+def test_a_tokenizer_beside_the_shards(tmp_path):
+    write_shards(tmp_path, {"train": [100]})
+    content = b'{"model": {}}'
+    manifest = read_manifest(tmp_path)
+    manifest.tokenizer = "tokenizer.json"
+    manifest.tokenizer_sha256 = hashlib.sha256(content).hexdigest()
+    write_manifest(tmp_path, manifest)
+    with pytest.raises(UserError, match="tokenizer.json is missing: the tokens of"):
+        TokenLoader(tmp_path, "train", 8, 1, 8)
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    loader = TokenLoader(tmp_path, "train", 8, 1, 8)
+    assert loader.tokenizer == str(tmp_path / "tokenizer.json") and loader.n_vocab == 257
+    assert loader.identity()["tokenizer"] == f"sha256:{manifest.tokenizer_sha256}"
+    (tmp_path / "tokenizer.json").write_bytes(content + b" ")
+    with pytest.raises(UserError, match="tokenizer.json is not the file that made the tokens of"):
+        TokenLoader(tmp_path, "train", 8, 1, 8)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"shards": [], "position": null}', "\xff"])
+def test_a_manifest_that_cannot_be_read(content, tmp_path):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match="manifest.json can't be read: "):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_comes_back_as_it_was_written(tmp_path):
+    write_shards(tmp_path, {"val": [10], "train": [100]})
+    manifest = read_manifest(tmp_path)
+    content = (tmp_path / "manifest.json").read_bytes()
+    keys = "dataset name revision split text_field tokenizer vocab_size shard_size shards skipped"
+    assert list(json.loads(content)) == [*keys.split(), "position", "complete"]
+    write_manifest(tmp_path, manifest)
+    assert (tmp_path / "manifest.json").read_bytes() == content
 
 
 def test_leftovers_of_a_download_are_no_shards(tmp_path):
@@ -186,15 +312,19 @@ def test_a_bad_bin_shard_is_refused(tmp_path):
             TokenLoader(tmp_path, "train", 2, 1, 2)
 
 
-def test_ids_above_the_vocabulary_do_not_reach_the_model(tmp_path):
-    write_shards(tmp_path, {"train": [200]})
-    tokens = np.load(tmp_path / "edufineweb_train_000000.npy")
-    tokens[150] = 257
-    np.save(tmp_path / "edufineweb_train_000000.npy", tokens)
-    loader = TokenLoader(tmp_path, "train", 10, 1, 10)
+@pytest.mark.parametrize("name, place, step", [("000000", 150, 4), ("000001", 5, 6)])
+def test_ids_above_the_vocabulary_do_not_reach_the_model(name, place, step, tmp_path):
+    """The file and the place are named, of a sequence that begins in the shard before as well."""
+    write_shards(tmp_path, {"train": [200, 100]})
+    path = tmp_path / f"edufineweb_train_{name}.npy"
+    tokens = np.load(path)
+    tokens[place] = 257
+    np.save(path, tokens)
+    loader = TokenLoader(tmp_path, "train", 30, 1, 30)
     list(loader.batches(3))
-    with pytest.raises(UserError, match="has token 257, which is not below the vocabulary's 257"):
-        list(loader.batches(15))
+    said = f"{path} has token 257, which is not below the vocabulary's 257, at place {place}:"
+    with pytest.raises(UserError, match=said):
+        list(loader.batches(step))
 
 
 def test_the_loader_adds_little_memory_and_is_there_at_once(tmp_path):
@@ -218,3 +348,12 @@ print(first, own() - before)
     )
     seconds, megabytes = map(float, done.stdout.split())
     assert megabytes < 64 and seconds < 1
+
+
+def test_train_and_val_are_words_of_a_shards_name(tmp_path):
+    """medieval_train.npy holds no validation, constraint_val.npy nothing to learn from."""
+    for name, tokens in (("medieval_train_0.npy", 500), ("constraint_val_0.npy", 300)):
+        np.save(tmp_path / name, np.zeros(tokens, dtype=np.uint16))
+    np.save(tmp_path / "medieval_train_1.npy", np.zeros(0, dtype=np.uint16))  # nothing in it
+    assert TokenLoader(tmp_path, "train", 8, 1, 8).tokens == 500
+    assert TokenLoader(tmp_path, "val", 8, 1, 8).tokens == 300

@@ -1,10 +1,185 @@
-"""The tokenizers, and the files that publish them."""
+"""The tokenizers, judged by tiktoken and by the package tokenizers, and the files that publish
+them, by transformers."""
 
+import json
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
-import tiktoken
+from conftest import ROOT
+from tokenizers import (
+    AddedToken,
+    Regex,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from tokenizers import Tokenizer as Library
 
 from lib.cli import UserError
-from lib.tokenizer import get_tokenizer
+from lib.tokenizer import END_OF_TEXT, get_tokenizer
+
+TEXTS = [
+    *(path.read_text() for path in sorted((ROOT / "lib").glob("*.py"))),
+    *["Zażółć gęślą jaźń, größe élan, Ελληνικά, русский язык, 中文字符, 日本語, العربية 12345 '"]
+    * 20,
+]
+ALPHABET = pre_tokenizers.ByteLevel.alphabet()
+
+
+def byte_level_bpe(before=None, special=(END_OF_TEXT,), vocab_size=600) -> Library:
+    """Byte-level BPE; before: how a text is cut into words (GPT-2's pattern if it isn't given)."""
+    library = Library(models.BPE())
+    library.pre_tokenizer = before or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(special), initial_alphabet=ALPHABET
+    )
+    library.train_from_iterator(TEXTS, trainer)
+    return library
+
+
+def another_pattern() -> Library:
+    words = Regex(r"\p{L}+|\p{N}{1,3}|[^\s\p{L}\p{N}]+|\s+")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    before = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), level])
+    return byte_level_bpe(before, special=("<pad>", "<unk>", "</s>"))
+
+
+def with_prefix_space() -> Library:
+    return byte_level_bpe(pre_tokenizers.ByteLevel(add_prefix_space=True))
+
+
+def unigram() -> Library:
+    """With a template, truncation and padding, none of which belongs to a document's tokens."""
+    library = Library(models.Unigram())
+    library.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")]
+    )
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    library.decoder = decoders.Metaspace()
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.UnigramTrainer(vocab_size=500, special_tokens=special, unk_token="<unk>")
+    library.train_from_iterator(TEXTS, trainer)
+    library.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    library.enable_truncation(8)
+    library.enable_padding(length=20, pad_id=2, pad_token="</s>")
+    return library
+
+
+def bytes_fall_back() -> Library:
+    """As Llama's: a character that has no token is the tokens of its bytes."""
+    whole = json.loads(unigram().to_str())
+    whole["model"]["vocab"] += [[f"<0x{byte:02X}>", -20.0] for byte in range(256)]
+    whole["model"]["byte_fallback"] = True
+    whole["decoder"] = {
+        "type": "Sequence",
+        "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ],
+    }
+    return Library.from_str(json.dumps(whole))
+
+
+def word_piece() -> Library:
+    library = Library(models.WordPiece(unk_token="[UNK]"))
+    library.normalizer = normalizers.BertNormalizer()
+    library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    library.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=700, special_tokens=special)
+    library.train_from_iterator(TEXTS, trainer)
+    return library
+
+
+def added() -> Library:
+    library = byte_level_bpe()
+    library.add_tokens(["Größe", AddedToken("def", single_word=True)])
+    library.add_special_tokens(["<user>"])
+    return library
+
+
+# name: (the tokenizer, the eos_token of its tokenizer_config.json or None, the token that ends)
+KINDS = {
+    "GPT-2's pattern": (byte_level_bpe, None, END_OF_TEXT),
+    "prefix space": (with_prefix_space, None, END_OF_TEXT),
+    "another pattern": (another_pattern, "</s>", "</s>"),
+    "Unigram": (unigram, {"content": "</s>", "lstrip": False, "__type": "AddedToken"}, "</s>"),
+    "byte fallback": (bytes_fall_back, "</s>", "</s>"),
+    "WordPiece": (word_piece, "[SEP]", "[SEP]"),
+    "added tokens": (added, None, END_OF_TEXT),
+}
+
+
+def save(folder: Path, library: Library, end=None) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    library.save(str(folder / "tokenizer.json"))
+    if end is not None:
+        # the class and the new token are what transformers would go wrong by
+        settings = {"eos_token": end, "tokenizer_class": "GPT2Tokenizer", "pad_token": "<new>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{kind: folder with its tokenizer.json}"""
+    place = tmp_path_factory.mktemp("tokenizers")
+    return {kind: save(place / kind, make(), end) for kind, (make, end, _) in KINDS.items()}
+
+
+SCRIPTS = [(0, 0x80)] * 6 + [
+    (0x80, 0x250), (0x370, 0x590), (0x600, 0x700), (0x900, 0xE00), (0x1000, 0x1100),
+    (0x2000, 0x2C00), (0x3000, 0x3100), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0x1F300, 0x1F700),
+    (0, 0xD800), (0xE000, 0x110000),
+]  # fmt: skip
+WORDS = ["", " ", "  ", "\n\n", "\t", " the", "def", "Größe", "12345"]
+NAMES = [END_OF_TEXT, "</s>", "<s>", "[SEP]", "<user>"]
+
+
+def random_texts(n: int, words=(*WORDS, *NAMES), seed=0):
+    """Random characters of every script between words, spaces and names of special tokens."""
+    dice = random.Random(seed)
+    for _ in range(n):
+        parts = []
+        for _ in range(dice.randint(0, 6)):
+            low, high = dice.choice(SCRIPTS)
+            parts += [chr(dice.randrange(low, high)) for _ in range(dice.randint(0, 8))]
+            parts.append(dice.choice(words))
+        yield "".join(parts)
+
+
+def decode(tokenizer, ids) -> str:
+    decoder = tokenizer.decoder()
+    return "".join([*map(decoder.step, ids), decoder.end()])
+
+
+# ---- gpt2 and bytes ----
+
+
+def test_gpt2_and_bytes():
+    gpt2, plain = get_tokenizer("gpt2"), get_tokenizer("bytes")
+    assert (gpt2.n_vocab, gpt2.eot_token, gpt2.unit) == (50257, 50256, "token")
+    assert (plain.n_vocab, plain.eot_token, plain.unit) == (257, 256, "byte")
+    for tokenizer in (gpt2, plain):
+        assert tokenizer.name == tokenizer.state == tokenizer.identity
+    text = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)]))
+    assert plain.encode(text) == list(text.encode())
+    assert plain.encode_prompt("a<|endoftext|>") == [97, 256]
+    assert gpt2.encode("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]
+    assert gpt2.encode_prompt("<|endoftext|>Hello") == [50256, 15496]
 
 
 def test_a_vocabulary_that_arrives_altered_is_one_message(tmp_path, monkeypatch):
@@ -14,14 +189,256 @@ def test_a_vocabulary_that_arrives_altered_is_one_message(tmp_path, monkeypatch)
     )
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
     with pytest.raises(UserError, match=r"can't be downloaded \(ValueError\)"):
-        get_tokenizer.__wrapped__("gpt2")
+        get_tokenizer("gpt2")
 
 
-def test_tokenizers():
-    assert get_tokenizer("gpt2").n_vocab == 50257 and get_tokenizer("bytes").n_vocab == 257
-    assert isinstance(get_tokenizer("bytes"), tiktoken.Encoding)
-    text = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)]))
-    assert get_tokenizer("bytes").encode_ordinary(text) == list(text.encode())
-    assert get_tokenizer("bytes").encode("a<|endoftext|>", allowed_special="all") == [97, 256]
-    with pytest.raises(UserError, match="tokenizer 'gpt3' is not known"):
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_a_million_spaces(name):
+    tokenizer = get_tokenizer(name)
+    for space in (" ", "\n", "\t"):
+        text = "a" + space * 1_200_000 + "b" + space * 600_000 + "<|endoftext|> c"
+        ids = tokenizer.encode(text)
+        assert tokenizer.encoding.decode(ids) == text
+        assert tokenizer.encode_documents([text]).tolist() == [tokenizer.eot_token, *ids]
+        prompt = tokenizer.encode_prompt(text)
+        assert tokenizer.encoding.decode(prompt) == text
+        assert prompt.count(tokenizer.eot_token) == 1 and tokenizer.eot_token not in ids
+
+
+def test_long_texts_are_cut_nowhere_else():
+    tokenizer = get_tokenizer("gpt2")
+    text = "It's a  line of 12 words.\n\n\tAnother\u3000line. " * 20_000
+    assert tokenizer.encode(text) == tokenizer.encoding.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_documents_and_decoding(name):
+    tokenizer = get_tokenizer(name)
+    texts = [*random_texts(300), "a\ud800b", ""]
+    stream = []
+    for text in texts:
+        stream += [tokenizer.eot_token, *tokenizer.encoding.encode_ordinary(text)]
+    documents = tokenizer.encode_documents(texts)
+    assert documents.dtype == np.uint16 and documents.tolist() == stream
+    assert len(tokenizer.encode_documents([])) == 0
+    for text in texts[:-2]:
+        assert decode(tokenizer, tokenizer.encode(text)) == text
+
+
+def test_a_folder_that_has_gpt2s_own_tokenizer_is_gpt2(tmp_path):
+    for name in ("gpt2", "bytes"):
+        (tmp_path / name).mkdir()
+        for file, content in get_tokenizer(name).files(64).items():
+            (tmp_path / name / file).write_bytes(content)
+        assert get_tokenizer(tmp_path / name).name == name
+        assert get_tokenizer(str(tmp_path / name / "tokenizer.json")).name == name
+    path = tmp_path / "gpt2" / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    del whole["model"]["vocab"][END_OF_TEXT]  # in some files only the added tokens have it
+    whole["model"]["merges"] = [" ".join(merge) for merge in whole["model"]["merges"]]
+    path.write_text(json.dumps(whole))
+    assert get_tokenizer(path).name == "gpt2"
+    path.unlink()
+    assert get_tokenizer(tmp_path / "gpt2").name == "gpt2"  # by vocab.json and merges.txt
+
+
+CHANGES = {
+    "an added token": lambda w: w["added_tokens"].append(
+        w["added_tokens"][0] | {"id": 50257, "content": "<user>"}
+    ),
+    "a prefix space": lambda w: w["pre_tokenizer"].update(add_prefix_space=True),
+    "a normalizer": lambda w: w.update(normalizer={"type": "NFC"}),
+    "a merge less": lambda w: w["model"]["merges"].pop(),
+    "two merges swapped": lambda w: w["model"]["merges"].insert(5, w["model"]["merges"].pop(9)),
+    "two ids swapped": lambda w: w["model"]["vocab"].update(Hello=31373, hello=15496),
+    "whole words": lambda w: w["model"].update(ignore_merges=True),
+    "another end": lambda w: w["added_tokens"][0].update(lstrip=True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_tokenizer_that_is_almost_gpt2s_is_its_own(change, tmp_path):
+    whole = json.loads(get_tokenizer("gpt2").files(64)["tokenizer.json"])
+    CHANGES[change](whole)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    tokenizer = get_tokenizer(tmp_path)
+    assert tokenizer.name == "tokenizer.json" and tokenizer.eot_token == 50256
+    library = Library.from_file(str(tmp_path / "tokenizer.json"))
+    for text in random_texts(300, [*WORDS, "<user>"]):
+        assert tokenizer.encode_prompt(text) == library.encode(text).ids
+
+
+# ---- any tokenizer.json ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_those_of_the_package_tokenizers(kind, folders):
+    tokenizer = get_tokenizer(folders[kind])
+    library = Library.from_file(str(folders[kind] / "tokenizer.json"))
+    library.no_truncation()
+    library.no_padding()
+    _, _, end = KINDS[kind]
+    assert tokenizer.eot_token == library.token_to_id(end)
+    assert tokenizer.n_vocab == library.get_vocab_size(with_added_tokens=True)
+    texts = [*random_texts(10_000)]
+    prompts = [encoding.ids for encoding in library.encode_batch(texts, add_special_tokens=False)]
+    library.encode_special_tokens = True
+    stream = []
+    for text, prompt in zip(texts, prompts, strict=True):
+        assert tokenizer.encode_prompt(text) == prompt, text
+        ids = library.encode(text, add_special_tokens=False).ids
+        if len(stream) < 20_000:
+            assert decode(tokenizer, ids) == library.decode(ids, skip_special_tokens=False), text
+        stream += [tokenizer.eot_token, *ids]
+    assert tokenizer.encode_documents(texts).tolist() == stream
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_ids_can_be_decoded(kind, folders):
+    """Also bytes that are no UTF-8. Where they follow bytes that are, byte fallback makes
+    replacement characters of them all; what was shown before stays."""
+    tokenizer = get_tokenizer(folders[kind])
+    dice = random.Random(1)
+    for _ in range(1000):
+        ids = [dice.randrange(tokenizer.n_vocab) for _ in range(20)]
+        text = decode(tokenizer, ids)
+        if kind != "byte fallback":
+            assert text == tokenizer.library.decode(ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_reads_what_is_published(kind, folders, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = get_tokenizer(folders[kind])
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    for name, content in tokenizer.files(64).items():
+        (tmp_path / name).write_bytes(content)
+    own = (folders[kind] / "tokenizer.json").read_bytes()
+    assert (tmp_path / "tokenizer.json").read_bytes() == own
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(theirs) == tokenizer.n_vocab and theirs.model_max_length == 64
+    assert theirs.eos_token_id == tokenizer.eot_token
+    for text in random_texts(1000):
+        ids = tokenizer.encode_prompt(text)
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ids
+        assert theirs.decode(ids) == tokenizer.library.decode(ids, skip_special_tokens=False)
+
+
+def test_a_state_is_the_tokenizer(folders):
+    for kind, folder in folders.items():
+        tokenizer = get_tokenizer(str(folder / "tokenizer.json"))
+        again = get_tokenizer(pickle.loads(pickle.dumps(tokenizer.state)))
+        assert again.identity == tokenizer.identity and again.identity.startswith("sha256:")
+        assert (again.eot_token, again.n_vocab) == (tokenizer.eot_token, tokenizer.n_vocab)
+        assert again.encode("Größe 中 </s>") == tokenizer.encode("Größe 中 </s>"), kind
+        assert again.files(64) == tokenizer.files(64)
+    assert len({get_tokenizer(folder).identity for folder in folders.values()}) == len(folders)
+
+
+def test_a_lone_surrogate_becomes_the_replacement_character(folders):
+    tokenizer = get_tokenizer(folders["GPT-2's pattern"])
+    assert tokenizer.encode("a\ud800b") == tokenizer.encode("a\ufffdb")
+
+
+def test_a_million_spaces_of_an_own_tokenizer(folders):
+    for kind in ("GPT-2's pattern", "another pattern"):
+        tokenizer = get_tokenizer(folders[kind])
+        text = "a" + " " * 1_200_000 + "b"
+        assert tokenizer.library.decode(tokenizer.encode(text)) == text
+
+
+# ---- what is refused ----
+
+
+def numbered(n: int) -> Library:
+    """A tokenizer of n ids."""
+    vocab = {f"w{id}": id for id in range(n - 1)} | {END_OF_TEXT: n - 1}
+    return Library(models.WordLevel(vocab, unk_token=END_OF_TEXT))
+
+
+def test_65535_ids_and_no_more(tmp_path):
+    tokenizer = get_tokenizer(save(tmp_path / "most", numbered(65_535)))
+    assert tokenizer.encode_documents(["w65533"]).tolist() == [65_534, 65_533]
+    with pytest.raises(UserError, match="has 65,536 ids: tokens are stored in 16 bits"):
+        get_tokenizer(save(tmp_path / "more", numbered(65_536)))
+
+
+def test_which_token_ends_a_document(tmp_path):
+    library = byte_level_bpe(special=["<pad>", "</s>"], vocab_size=300)
+    with pytest.raises(UserError) as error:
+        get_tokenizer(save(tmp_path, library))
+    assert "has no <|endoftext|>, and no tokenizer_config.json names another" in str(error.value)
+    assert "its special tokens are <pad> </s>: write one of them as" in str(error.value)
+    with pytest.raises(
+        UserError, match="the eos_token '<end>' of its tokenizer_config.json is not"
+    ):
+        get_tokenizer(save(tmp_path, library, "<end>"))
+    assert get_tokenizer(save(tmp_path, library, "</s>")).eot_token == 1
+    with pytest.raises(UserError, match="train it with a special token"):
+        get_tokenizer(save(tmp_path / "none", byte_level_bpe(special=[], vocab_size=300)))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    {
+        "[]": "are not a tokenizer in Hugging Face's format",
+        "{": "are not a tokenizer in Hugging Face's format",
+        '{"model": {"type": "BPE", "vocab": {}}}': "is not a tokenizer.json: Missing vocab",
+        '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["x y"]}}': "is not a tokenizer",
+        b"\xff": "can't be read as UTF-8 text",
+    }.items(),
+)
+def test_what_is_not_a_tokenizer(content, message, tmp_path):
+    content = content.encode() if isinstance(content, str) else content
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        get_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("settings", ["[]", "{", '{"eos_token": ["a"]}', '{"eos_token": 5}'])
+def test_what_is_not_a_tokenizer_config(settings, folders, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(
+        (folders["WordPiece"] / "tokenizer.json").read_bytes()
+    )
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    with pytest.raises(UserError, match="are not a tokenizer in Hugging Face's format"):
+        get_tokenizer(tmp_path)
+
+
+def test_no_tokenizer_there(tmp_path):
+    with pytest.raises(UserError, match="there is no tokenizer gpt3: give gpt2, bytes, a folder"):
         get_tokenizer("gpt3")
+    with pytest.raises(UserError, match="has no tokenizer.json"):
+        get_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(UserError) as error:
+        get_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert "only tokenizer.model: transformers makes one:" in str(error.value)
+    assert f'AutoTokenizer.from_pretrained("{tmp_path}").save_pretrained(' in str(error.value)
+    (tmp_path / "vocab.json").write_text('{"a": "b"}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(UserError, match="only merges.txt, tokenizer.model, vocab.json"):
+        get_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    for content in ('{"a": "b"}', "{"):
+        (tmp_path / "vocab.json").write_text(content)
+        with pytest.raises(UserError, match="vocab.json is damaged: "):
+            get_tokenizer(tmp_path)
+
+
+def test_the_package_tokenizers_is_needed_for_an_own_tokenizer_only(folders):
+    program = f"""
+import sys
+sys.modules["tokenizers"] = None
+sys.path.insert(0, {str(ROOT)!r})
+from lib.cli import UserError
+from lib.tokenizer import get_tokenizer
+get_tokenizer("gpt2"), get_tokenizer("bytes")
+try:
+    get_tokenizer({str(folders["Unigram"])!r})
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "which is not installed: pip install tokenizers" in done.stdout, done.stderr

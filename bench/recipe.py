@@ -1,7 +1,7 @@
 """Which recipe reaches the final loss of GPT-2's own (A) in the fewest tokens? An experiment on two
 CPU cores.
 
-    python tests/recipe.py /tmp/recipe          runs what is missing in tests/recipe.json, then draws tests/recipe.png
+    python bench/recipe.py /tmp/recipe      what is missing in bench/recipe.json, then the picture
 
 A GPT of 4 layers x 128 learns bytes of Python sources (of the standard library and the installed
 packages; each is read once) in 500 steps of 4,096 tokens by one of four recipes:
@@ -15,6 +15,7 @@ Each has its own learning rate, the best of a grid that goes on until the best l
 three other seeds at that rate; then the best recipe in fewer steps, each run with its own decay.
 """
 
+import argparse
 import hashlib
 import itertools
 import json
@@ -30,16 +31,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-RESULTS, PICTURE = ROOT / "tests" / "recipe.json", ROOT / "tests" / "recipe.png"
-STEPS, TOKENS_PER_STEP, WARMUP = 500, 4096, 25
-GRID, SEEDS = (1.5e-3, 3e-3, 6e-3, 1.2e-2), (1, 2, 3)
-SHARES = {
-    0.25: SEEDS,
-    0.15: SEEDS,
-    0.5: SEEDS,
-    0.66: SEEDS[:1],
-    0.8: SEEDS[:1],
-}  # of A's steps: which seeds
+RESULTS = ROOT / "bench" / "recipe.json"
+PICTURE = ROOT / "bench" / "recipe.png"
+STEPS = 500
+TOKENS_PER_STEP = 4096
+WARMUP = 25
+GRID = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
+SEEDS = (1, 2, 3)
+# share of A's steps: which seeds
+SHARES = {0.25: SEEDS, 0.15: SEEDS, 0.5: SEEDS, 0.66: SEEDS[:1], 0.8: SEEDS[:1]}
 NAMES = {
     "A": "AdamW, cosine",
     "B": "AdamW, linear to 0",
@@ -53,7 +53,8 @@ ARMS = {
     "C": [*LINEAR, "--optimizer=muon"],
     "D": [*LINEAR, "--optimizer=muon"],
 }
-MODEL = "--n_layer=4 --n_head=4 --n_embd=128 --seq_len=128 --batch_size=16 --total_batch_size=4096".split()
+MODEL = ["--n_layer=4", "--n_head=4", "--n_embd=128", "--seq_len=128", "--batch_size=16"]
+MODEL += ["--total_batch_size=4096"]
 
 
 def write_data(directory: Path) -> None:
@@ -61,89 +62,64 @@ def write_data(directory: Path) -> None:
     once."""
     import data_generator
 
+    sources = sorted(Path(os.__file__).parent.rglob("*.py"))
+    sources += sorted(Path(sys.prefix).glob("lib/python3*/site-packages/**/*.py"))
     texts = {}
-    for path in sorted(Path(os.__file__).parent.rglob("*.py")) + sorted(
-        Path(sys.prefix).glob("lib/python3*/site-packages/**/*.py")
-    ):
+    for path in sources:
         content = path.read_bytes()
         if 500 < len(content) < 50_000:
             texts[hashlib.sha256(content).hexdigest()] = content.decode(errors="replace")
     texts = list(texts.values())
     random.Random(1337).shuffle(texts)
     directory.mkdir(parents=True)
-    (directory / "texts.jsonl").write_text(
-        "".join(json.dumps({"text": text}) + "\n" for text in texts[:6000])
-    )
-    words = [
-        "--dataset",
-        str(directory / "texts.jsonl"),
-        "--data_dir",
-        str(directory / "data"),
-        "--tokenizer=bytes",
-    ]
-    assert data_generator.main([*words, "--shard_size=1000000", "--max_tokens=12000000"]) == 0
+    lines = [json.dumps({"text": text}) + "\n" for text in texts[:6000]]
+    (directory / "texts.jsonl").write_text("".join(lines))
+    words = [f"--dataset={directory / 'texts.jsonl'}", f"--data_dir={directory / 'data'}"]
+    words += ["--tokenizer=bytes", "--shard_size=1000000", "--max_tokens=12000000"]
+    assert data_generator.main(words) == 0
 
 
 def run(arm: str, lr: float, seed: int, steps: int, directory: Path) -> dict:
     """One finished run, in a process of its own with one thread."""
     log_dir = directory / f"{arm}-{lr:g}-{seed}-{steps}"
-    schedule = [
-        f"--max_steps={steps}",
-        f"--warmup_steps={WARMUP}",
-        f"--max_lr={lr}",
-        f"--min_lr={lr / 10}",
-        *ARMS[arm],
-    ]
-    words = [
-        *MODEL,
-        *schedule,
-        f"--seed={seed}",
-        f"--data_dir={directory / 'data'}",
-        f"--log_dir={log_dir}",
-    ]
-    words += [
-        f"--val_every={steps}",
-        "--val_tokens=524288",
-        "--hellaswag_every=0",
-        "--sample_every=0",
-    ]
-    words += ["--save_every=0", "--device=cpu", "--dtype=float32"]
+    words = [*MODEL, f"--max_steps={steps}", f"--warmup_steps={WARMUP}", f"--seed={seed}"]
+    words += [f"--max_lr={lr}", f"--min_lr={lr / 10}", *ARMS[arm]]
+    words += [f"--data_dir={directory / 'data'}", f"--log_dir={log_dir}"]
+    words += [f"--val_every={steps}", "--val_tokens=524288", "--hellaswag_every=0"]
+    words += ["--sample_every=0", "--save_every=0", "--device=cpu", "--dtype=float32"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, __file__, "one", arm, *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     log = [line.split() for line in (log_dir / "log.txt").read_text().splitlines()]
-    loss = [float(value) for _, stream, value in log if stream == "val"][-1]
-    cpu_seconds = float(
-        done.stdout.splitlines()[-1]
-    )  # one thread: the wall-clock of a machine that does nothing else
+    losses = [float(value) for _, stream, value in log if stream == "val"]
+    # one thread: the wall-clock of a machine that does nothing else
+    cpu_seconds = float(done.stdout.splitlines()[-1])
     return {
         "arm": arm,
         "lr": lr,
         "seed": seed,
         "steps": steps,
-        "val_loss": loss,
+        "val_loss": losses[-1],
         "cpu_seconds": round(cpu_seconds),
     }
 
 
 def one(arm: str, *words: str) -> int:
     """The run itself. C differs from D in one thing: q, k and v are orthogonalised together."""
-    import GPT_Modules
+    import lib.muon
     import train
 
-    apart = GPT_Modules.orthogonalize
+    apart = lib.muon.orthogonalize
 
     def together(matrices):
         n, C, _ = matrices.shape
-        return (
-            apart(matrices)
-            if n != 3 * 4
-            else 3**0.5 * apart(matrices.view(4, 3 * C, C)).view(n, C, C)
-        )
+        if n != 3 * 4:
+            return apart(matrices)
+        return 3**0.5 * apart(matrices.view(4, 3 * C, C)).view(n, C, C)
 
     if arm == "C":
-        GPT_Modules.orthogonalize = together
+        lib.muon.orthogonalize = together
     code = train.main(list(words))
     print(time.process_time())
     return code
@@ -220,14 +196,12 @@ class Experiment:
             label=f"{NAMES['A']}, all tokens",
         )
         right.axhspan(min(reference), max(reference), color="tab:blue", alpha=0.15)
-        dots = [(r["steps"] * TOKENS_PER_STEP, r["val_loss"]) for r in self.runs
-                if r["arm"] == winner and r["lr"] == best[winner] and r["seed"] in SEEDS]  # fmt: skip
-        right.plot(
-            *zip(*sorted(dots), strict=True),
-            "o",
-            color="tab:red",
-            label=f"{NAMES[winner]}, a run a dot",
-        )
+        dots = []
+        for r in self.runs:
+            if r["arm"] == winner and r["lr"] == best[winner] and r["seed"] in SEEDS:
+                dots.append((r["steps"] * TOKENS_PER_STEP, r["val_loss"]))
+        label = f"{NAMES[winner]}, a run a dot"
+        right.plot(*zip(*sorted(dots), strict=True), "o", color="tab:red", label=label)
         right.set(xlabel="tokens of the run", ylabel="final validation loss (nats per byte)")
         for axis in (left, right):
             axis.grid(alpha=0.3)
@@ -242,12 +216,16 @@ class Experiment:
             "model": MODEL,
         }
         lines = ",\n  ".join(json.dumps(r) for r in self.runs)
-        text = f'{{"setting": {json.dumps(setting)},\n "summary": {json.dumps(summary)},\n "runs": [\n  {lines}\n]}}\n'
-        RESULTS.write_text(text)
+        RESULTS.write_text(
+            f'{{"setting": {json.dumps(setting)},\n "summary": {json.dumps(summary)},\n'
+            f' "runs": [\n  {lines}\n]}}\n'
+        )
 
 
 def main() -> None:
-    directory = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path, help="for the data and the runs; made if need be")
+    directory = parser.parse_args().directory
     if not directory.exists():
         write_data(directory)
     experiment = Experiment(directory)
@@ -276,4 +254,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(one(*sys.argv[2:]) if sys.argv[1] == "one" else main())
+    sys.exit(one(*sys.argv[2:]) if sys.argv[1:2] == ["one"] else main())

@@ -1,0 +1,200 @@
+"""What computes: a GPU, Apple's MPS or the CPU; its precision, its memory, its name."""
+
+import contextlib
+import ctypes
+import functools
+import platform
+import resource
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from lib.cli import UserError
+from lib.loss import rows_of_a_slice
+
+# share of the free memory that a step may take: torch's allocator can't use every gap between
+# tensors, and kernels and NCCL need some themselves
+USABLE = 0.92
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device for --device: auto takes CUDA, then Apple's MPS, then the CPU.
+
+    local_rank: this process's number on its machine, which is also its GPU's. Raises UserError if
+    there is no such device.
+    """
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    kind = next(kind for kind in there if there[kind]) if name == "auto" else name
+    if not there[kind]:
+        raise UserError(
+            f"--device {name}: this machine has none that torch can use; auto takes what there is"
+        )
+    if kind != "cuda":
+        return torch.device(kind)
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"{local_rank + 1} processes or more, but {torch.cuda.device_count()} GPUs: "
+            "lower --nproc_per_node"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def choose_precision(device: torch.device, dtype: str) -> str:
+    """What --dtype means on a device: auto is the fastest that its hardware computes in itself."""
+    if dtype != "auto":
+        return dtype
+    if device.type == "cuda":
+        # from Ampere on bfloat16; before, T4 and V100 have tensor cores for float16 only
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if bfloat16 else "float16"
+    if device.type == "cpu":
+        avx512 = torch.cpu._is_avx512_bf16_supported()
+        amx = torch.cpu._is_amx_tile_supported()
+        return "bfloat16" if avx512 or amx else "float32"
+    return "float32"
+
+
+def prepare_device(device: torch.device) -> None:
+    """Settings of this process that training on the device is faster with."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # what stays in float32 may use TF32
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed, so that a step reuses the memory of the one before.
+
+    Otherwise the kernel hands it out anew, page fault by page fault.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD, as an unsigned number: the heap never shrinks
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has used, in GB: the GPU's, or else the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def changing_shapes():
+    """A context for attention whose shapes change from call to call.
+
+    Without cuDNN's kernels, torch's choice on Hopper, which plan each new shape anew.
+    """
+    return sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
+
+
+def recompute_blocks(model: torch.nn.Module) -> None:
+    """Keep only the input of each block of a GPT for the backward pass, and compute the rest again.
+
+    torch calls it activation checkpointing: far less memory, about 4/3 of the work.
+    """
+    for block in model.transformer.h:
+        block.forward = functools.partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What the memory of a training step depends on, beside its batch size."""
+
+    model: Any  # its GPTConfig
+    seq_len: int
+    half: bool  # computed in bfloat16 or float16, not in float32
+    compiled: bool
+    recompute: bool
+
+
+def step_memory(shape: StepShape, batch_size: int) -> float:
+    """Bytes of a GPU that a training step takes at its peak, in the middle of the backward pass.
+
+    Fitted to what torch's allocator counts for GPT-2's four sizes: never less, at most 10% more
+    (tests/test_device.py has the counts).
+    """
+    L = shape.model.n_layer
+    C = shape.model.n_embd
+    V = shape.model.vocab_size
+    n = batch_size * shape.seq_len  # tokens
+    number = 2 if shape.half else 4  # bytes
+    matrices = 12 * L * C * C + V * C
+    parameters = matrices + 13 * L * C + shape.model.block_size * C + 2 * C
+    state = 16 * parameters  # weights, gradients and two moments of AdamW, in float32
+    copies = 2 * matrices if shape.half else 0  # the weights in half precision
+    table = 4 * V * C  # the gradient of the token table, before it is added to the others
+    rows = rows_of_a_slice(V, "cuda")
+    logits = number * V * min(n, rows)
+    if not shape.compiled:
+        # the last slice's are still there, and in half precision there are float32 ones as well
+        logits = number * V * min(n, 2 * rows)
+        logits += 4 * V * min(n, rows) if shape.half else 0
+    head = logits + 12 * C * n
+    a_block = (37 if shape.half else 65) * C * n  # what a block keeps for its backward pass
+    if shape.recompute:  # only the inputs of the blocks; one of them at a time is computed again
+        kept = 4 * C * n * L + max(head, 1.4 * a_block)
+    else:
+        kept = a_block * L + head
+    return 1.03 * (state + copies + table) + kept  # the allocator rounds sizes up
+
+
+def fitting_batch_size(shape: StepShape, share: int, free: float) -> int:
+    """The largest batch size whose step fits into `free` bytes; 0: not even one sequence does.
+
+    A power of two up to 64 that divides `share`, the sequences of a process in a step.
+    """
+    sizes = [2**i for i in range(7) if share % 2**i == 0]
+    return max((B for B in sizes if step_memory(shape, B) <= USABLE * free), default=0)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes of a GPU that no process has taken."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(tokens, recompute: bool):
+    """Turn a GPU's or a CPU's lack of memory into a UserError that says what needs less.
+
+    tokens: the TokenLoader whose batches are too large.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        gpu = isinstance(error, torch.OutOfMemoryError)
+        if not gpu and "can't allocate memory" not in str(error):
+            raise
+        batch_size = tokens.B
+        smaller = 2 ** (batch_size - 1).bit_length() // 2
+        hints = []
+        if batch_size > 1:
+            hints.append(f"--batch_size {smaller} needs about half")
+        if not recompute:
+            hints.append("--recompute far less")
+        hint = "choose a smaller model"
+        if hints:
+            hint = " and ".join(hints) + "; the result is the same"
+        raise UserError(
+            f"the model at --batch_size {batch_size} does not fit into memory.\nHINT: {hint}",
+            alone=True,
+        ) from None

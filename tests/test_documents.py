@@ -1,0 +1,549 @@
+"""Documents of every type of file: the texts that went in, from any place on, here and from the
+Hub; what is not a text is named, and a file that can't be read is not taken for one that can."""
+
+import bz2
+import csv
+import gzip
+import io
+import itertools
+import json
+import lzma
+import os
+import random
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT
+from hub import COMMIT, Hub
+
+from lib.cli import UserError
+from lib.documents import NotText, Place, documents, file_type, local_files
+
+TEXTS = [
+    "plain words",
+    "é中🙂 and a literal <|endoftext|>",
+    "quotes \" and \\ and ' and, commas;\tand tabs",
+    "lines\nand\r\nlines\n\nof another\u2028kind\x85",
+    "",
+    " space around ",
+    "[looks like an array]",
+    "long " * 50_000,
+    "\ufeffa mark inside",
+    "\x00 and \x1f",
+    "null",
+]
+
+
+def as_jsonl(texts) -> bytes:
+    rows = [json.dumps({"id": n, "text": text}) for n, text in enumerate(texts)]
+    return "\n".join(rows).encode()
+
+
+def as_jsonl_unescaped(texts) -> bytes:
+    rows = [{"text": text, "id": str(n)} for n, text in enumerate(texts)]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\r\n\r\n" for row in rows).encode()
+
+
+def as_array(texts) -> bytes:
+    return json.dumps([{"text": text, "id": None} for text in texts], indent=2).encode()
+
+
+def as_parquet(texts, **columns) -> bytes:
+    file = io.BytesIO()
+    columns = {"id": list(range(len(texts)))} | columns
+    pq.write_table(pa.table(columns | {"text": texts}), file, row_group_size=4)
+    return file.getvalue()
+
+
+def as_separated(texts, delimiter) -> bytes:
+    file = io.StringIO()
+    rows = [["id", "text", "more"]] + [[n, text, ""] for n, text in enumerate(texts)]
+    csv.writer(file, delimiter=delimiter).writerows(rows)
+    return file.getvalue().encode()
+
+
+FORMATS = {  # name of a file: bytes of texts
+    "a.jsonl": as_jsonl,
+    "b.NDJSON": as_jsonl_unescaped,
+    "lines.json": as_jsonl,
+    "array.json": as_array,
+    "array.jsonl": as_array,
+    "d.Parquet": as_parquet,
+    "e.csv": lambda texts: as_separated(texts, ","),
+    "f.tsv": lambda texts: as_separated(texts, "\t"),
+    "g.txt": lambda texts: texts[0].encode(),
+    "h.MD": lambda texts: texts[0].encode(),
+}
+
+
+def zstandard(content: bytes) -> bytes:
+    half = len(content) // 2  # two frames, as parallel compressors write them
+    return b"".join(
+        pa.compress(part, "zstd", asbytes=True) for part in (content[:half], content[half:]) if part
+    )
+
+
+COMPRESSIONS = {
+    "": bytes,
+    ".gz": lambda content: gzip.compress(content[:50]) + gzip.compress(content[50:]),
+    ".BZ2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard,
+}
+CASES = list(itertools.product(FORMATS, COMPRESSIONS))
+
+
+def write(directory, name, suffix, texts) -> str:
+    path = directory / (name + suffix)
+    path.write_bytes(COMPRESSIONS[suffix](FORMATS[name](texts)))
+    return str(path)
+
+
+def texts_of(name) -> list[str]:
+    """What a file with TEXTS holds: a .txt is one document; csv can't have a NUL before 3.11."""
+    if name[0] in "gh":
+        return [TEXTS[1]]
+    return [text.replace("\0", "0") for text in TEXTS]
+
+
+@pytest.mark.parametrize("name, suffix", CASES)
+def test_the_texts_that_went_in(name, suffix, tmp_path):
+    """Two files, whole and from every place on."""
+    texts = texts_of(name)
+    files = 2 * [write(tmp_path, name, suffix, texts)]
+    found = list(documents(files, "text"))
+    assert [text for text, _ in found] == 2 * texts
+    places = [Place(0, 0), *(place for _, place in found)]
+    assert places[-1] == Place(1, len(texts)) and len(set(places)) == len(places)
+    for n, place in enumerate(places):
+        assert list(documents(files, "text", Place(*place))) == found[n:]
+
+
+def test_the_same_from_the_hub(tmp_path):
+    """Each file of a repository gives the texts that it gives here."""
+    files = {
+        name + suffix: COMPRESSIONS[suffix](FORMATS[name](texts_of(name))) for name, suffix in CASES
+    }
+    program = f"""
+import json, sys
+sys.path.insert(0, {str(ROOT)!r})
+from lib.documents import documents
+for name in json.load(sys.stdin):
+    files = ["hf://datasets/org/all@{COMMIT}/" + name]
+    found = list(documents(files, "text"))
+    rest = list(documents(files, "text", found[len(found) // 2][1]))
+    assert rest == found[len(found) // 2 + 1:], name
+    print(json.dumps([name, [text for text, _ in found]]))
+"""
+    with Hub({"datasets/org/all": files}) as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            input=json.dumps(list(files)),
+            env=os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+    found = dict(map(json.loads, done.stdout.splitlines()))
+    assert found.keys() == files.keys()
+    for name, texts in found.items():
+        assert texts == texts_of(name), name
+
+
+def test_random_texts_in_every_format(tmp_path):
+    """Any characters in any order, read to the end and from a random place."""
+    dice = random.Random(5)
+    alphabet = [
+        '"',
+        "'",
+        ",",
+        "\t",
+        "\n",
+        "\r",
+        "\\",
+        "{",
+        "[",
+        " ",
+        "a",
+        "é",
+        "🙂",
+        "\u2029",
+        "\x1c",
+    ]
+    for number in range(60):
+        texts = [
+            "".join(dice.choices(alphabet, k=dice.randrange(12)))
+            for _ in range(dice.randint(1, 30))
+        ]
+        name = dice.choice([name for name in FORMATS if name[0] not in "gh"])
+        suffix = dice.choice(list(COMPRESSIONS))
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        file = write(directory, name, suffix, texts)
+        found = list(documents([file], "text"))
+        assert [text for text, _ in found] == texts, (name, suffix)
+        n = dice.randrange(len(texts))
+        assert list(documents([file], "text", found[n][1])) == found[n + 1 :]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_byte_order_mark_is_not_text(name, tmp_path):
+    if name == "d.Parquet":
+        return
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf" + FORMATS[name](["one", "two"]))
+    texts = [text for text, _ in documents([str(path)], "text")]
+    assert texts == (["one"] if name[0] in "gh" else ["one", "two"])
+
+
+@pytest.mark.parametrize("name, suffix", CASES)
+def test_files_without_documents_are_passed(name, suffix, tmp_path):
+    nothing = "" if name[0] in "gh" else None
+    without_rows = FORMATS[name]([nothing] if nothing is not None else [])
+    if name[0] == "d":
+        without_rows = as_parquet(pa.array([], pa.string()))
+    contents = [b"", COMPRESSIONS[suffix](b""), COMPRESSIONS[suffix](without_rows)]
+    if name[0] in "gh":
+        contents.append(COMPRESSIONS[suffix](b"\xef\xbb\xbf"))
+    files = []
+    for number, content in enumerate(contents):
+        (tmp_path / str(number)).mkdir()
+        path = tmp_path / str(number) / (name + suffix)
+        path.write_bytes(content)
+        files.append(str(path))
+    (tmp_path / "last").mkdir()
+    files.append(write(tmp_path / "last", name, suffix, ["a text"]))
+    assert list(documents(files, "text")) == [("a text", Place(len(contents), 1))]
+
+
+# ---- what is no text ----
+
+NO_TEXT = {  # what stands there -> what is said
+    "4": "text is the number 4, not a text",
+    "1.5e3": "text is the number 1500.0, not a text",
+    "NaN": "text is the number NaN, not a text",
+    "true": "text is true, not a text",
+    "null": "text is null, not a text",
+    '["a", 1]': 'text is the list ["a", 1], not a text',
+    '{"a": "b"}': 'text is the object {"a": "b"}, not a text',
+    '"a \\ud800 b"': "text has a lone surrogate, U+D800, which no UTF-8 has",
+    '"\\udce9"': "text has a lone surrogate, U+DCE9, which no UTF-8 has",
+}
+
+
+@pytest.mark.parametrize("found", NO_TEXT)
+@pytest.mark.parametrize("kind", ["lines", "array"])
+def test_json_that_is_no_text(kind, found, tmp_path):
+    rows = ['{"text": "one", "id": 1}', f'{{"text": {found}, "id": 2}}', '{"text": "three"}']
+    path = tmp_path / "a.json"
+    path.write_text("\n\n".join(rows) if kind == "lines" else f"[{','.join(rows)}]")
+    where = f"{path} line 3" if kind == "lines" else f"{path} element 2"
+    got = [document for document, _ in documents([str(path)], "text")]
+    assert got == ["one", NotText(where, NO_TEXT[found]), "three"]
+    assert str(got[1]) == f"{where}: {NO_TEXT[found]}"
+
+
+LINES = {  # a line that holds no document -> what is said
+    b'{"text": "latin \xe9"}': "it is not UTF-8: byte 0xE9 at place 16 (invalid continuation byte)",
+    b'{"text": "cut"': "it is not JSON: Expecting ',' delimiter at place 14",
+    b"plain words": "it is not JSON: Expecting value at place 0",
+    b'{"text": "a"} {"text": "b"}': "it is not JSON: Extra data at place 14",
+    b'{"body": "a", "id": 1}': "--text_field text: there is no such field; it has body, id",
+    b"{}": "--text_field text: there is no such field; it has none",
+    b"7": "it is a number, not an object with the field text",
+    b'["text"]': "it is a list, not an object with the field text",
+    b'"text"': "it is a text, not an object with the field text",
+    b"null": "it is null, not an object with the field text",
+    b'{"text": ' + b"[" * 100_000: "it is not JSON that can be read: it is nested too deep",
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("first", [True, False])
+def test_lines_that_hold_no_document(line, first, tmp_path):
+    good = b'{"text": "good"}'
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([line, good] if first else [good, line]))
+    number = 1 if first else 2
+    bad = NotText(f"{path} line {number}", LINES[line])
+    got = [document for document, _ in documents([str(path)], "text")]
+    assert got == ([bad, "good"] if first else ["good", bad])
+
+
+def test_parquet_values_that_are_no_text(tmp_path):
+    schemas = {
+        "number": (pa.array([1, 2]), ["text is the number 1, not a text"] * 1),
+        "flag": (pa.array([True]), ["text is true, not a text"]),
+        "list": (pa.array([["a"]]), ['text is the list ["a"], not a text']),
+        "object": (pa.array([{"a": 1}]), ['text is the object {"a": 1}, not a text']),
+        "bytes": (pa.array([b"ab"]), ["text is the bytes \"b'ab'\", not a text"]),
+        "null": (pa.array([None], pa.string()), ["text is null, not a text"]),
+    }
+    for name, (column, said) in schemas.items():
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.table({"text": column}), path)
+        first, _ = next(documents([str(path)], "text"))
+        assert first == NotText(f"{path} row 1", said[0])
+
+
+def test_parquet_strings_that_are_not_utf8(tmp_path):
+    """Some writers call any bytes a string."""
+    texts = pa.array([b"one", b"latin \xe9", b"three"]).view(pa.string())
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": texts}), path)
+    said = "it is not UTF-8: byte 0xE9 at place 6 (unexpected end of data)"
+    got = [document for document, _ in documents([str(path)], "text")]
+    assert got == ["one", NotText(f"{path} row 2", said), "three"]
+
+
+@pytest.mark.parametrize("form", [pa.string(), pa.large_string(), pa.string_view(), "dictionary"])
+def test_parquet_strings_of_every_form(form, tmp_path):
+    texts = ["a", "b", "a"]
+    column = pa.array(texts, pa.string())
+    column = column.dictionary_encode() if form == "dictionary" else column.cast(form)
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    got = documents([str(tmp_path / "a.parquet")], "text")
+    assert [document for document, _ in got] == texts
+
+
+CSV = {  # the lines behind `id,text` -> the documents; a pair: the line and what is said of it
+    '1,"a, b"\n2,c\n': ["a, b", "c"],
+    '1,"two\nlines"\n\n2,c\n': ["two\nlines", "c"],
+    '1,"a ""quoted"" word"\n': ['a "quoted" word'],
+    "1,he said 'so' and \"so\"\n": ["he said 'so' and \"so\""],
+    "1,Hello, world\n2,b\n": [("line 2", "it has 3 cells, the first line names 2"), "b"],
+    '1,"two\nlines"\n2\n3,c\n': [
+        "two\nlines",
+        ("line 4", "it has 1 cells, the first line names 2"),
+        "c",
+    ],
+    "1,\n": [""],
+}
+
+
+@pytest.mark.parametrize("rows", CSV)
+def test_csv(rows, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"id,text\n" + rows.encode())
+    expected = [
+        row if isinstance(row, str) else NotText(f"{path} {row[0]}", row[1]) for row in CSV[rows]
+    ]
+    assert [document for document, _ in documents([str(path)], "text")] == expected
+
+
+def test_csv_bytes_that_are_not_utf8_matter_in_their_column_alone(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"id,text\n\xe9,good \xc3\xa9\n2,bad \xe9 byte\n")
+    said = "it is not UTF-8: byte 0xE9 at place 4 (invalid continuation byte)"
+    got = [document for document, _ in documents([str(path)], "text")]
+    assert got == ["good é", NotText(f"{path} line 3", said)]
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ('id,text\n1,"abc"def\n', r"a.csv line 2: it is not CSV: ',' expected after '\"'"),
+        ('id,text\n1,"never ends\n2,b\n', "a.csv line 3: it is not CSV: unexpected end of data"),
+        ("text;id\na;1\n", "a.csv: --text_field text: there is no such field; it has text;id"),
+        ("text,text\na,1\n", "a.csv: --text_field text: several columns have this name"),
+    ],
+)
+def test_csv_whose_rows_cannot_be_told(content, said, tmp_path):
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(UserError, match=said):
+        list(documents([str(tmp_path / "a.csv")], "text"))
+
+
+@pytest.mark.parametrize("name", ["g.txt", "h.MD"])
+def test_a_text_file_that_is_not_utf8(name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbflatin \xe9")
+    ((document, place),) = documents([str(path)], "text")
+    said = "it is not UTF-8: byte 0xE9 at place 6 (unexpected end of data)"
+    assert document == NotText(str(path), said) and place == Place(0, 1)
+
+
+# ---- other fields ----
+
+
+def test_what_stands_in_other_fields_does_not_matter(tmp_path):
+    """Types that differ from row to row and file to file, an int of 5,000 digits, columns of any
+    kind."""
+    rows = [
+        {"text": "a", "id": 1},
+        {"id": "x", "text": "b", "more": [1, {"text": 4}]},
+        {"text": "c", "id": None},
+    ]
+    lines = [json.dumps(row) for row in rows] + ['{"id": ' + "9" * 5000 + ', "text": "d"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "e", "id": {"deep": True}}))
+    files = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    assert [text for text, _ in documents(files, "text")] == list("abcde")
+    columns = [{"id": [1, 2]}, {"id": ["x", None]}, {"id": [[1.5], []]}, {}]
+    files = []
+    for number, more in enumerate(columns):
+        files.append(str(tmp_path / f"{number}.parquet"))
+        with open(files[-1], "wb") as file:
+            file.write(as_parquet(["a", "b"], **more))
+    assert [text for text, _ in documents(files, "text")] == list("ab") * 4
+
+
+def test_a_field_inside_another(tmp_path):
+    rows = [
+        {"meta": {"text": "a", "n": 1}},
+        {"meta.text": "b", "meta": {"text": "no"}},
+        {"meta": None},
+        {"meta": {"n": 3}},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    got = [document for document, _ in documents([str(tmp_path / "a.jsonl")], "meta.text")]
+    said = "--text_field meta.text: there is no such field; it has meta"
+    lines = [NotText(f"{tmp_path}/a.jsonl line {n}", said) for n in (3, 4)]
+    assert got == ["a", "b", *lines]
+    inside = [{"text": "a", "n": 1}, None, {"text": None, "n": 3}, {"text": "d", "n": 4}]
+    pq.write_table(pa.table({"meta": inside, "id": [1, 2, 3, 4]}), tmp_path / "a.parquet")
+    got = [document for document, _ in documents([str(tmp_path / "a.parquet")], "meta.text")]
+    said = "meta.text is null, not a text"
+    rows = [NotText(f"{tmp_path}/a.parquet row {n}", said) for n in (2, 3)]
+    assert got == ["a", *rows, "d"]
+    pq.write_table(pa.table({"meta.text": ["whole name"], "meta": ["no"]}), tmp_path / "b.parquet")
+    assert next(documents([str(tmp_path / "b.parquet")], "meta.text"))[0] == "whole name"
+    with pytest.raises(UserError, match="a.parquet: --text_field meta.body: there is no such fiel"):
+        next(documents([str(tmp_path / "a.parquet")], "meta.body"))
+
+
+# ---- files that can't be read ----
+
+
+@pytest.mark.parametrize("name, suffix", [case for case in CASES if case[1] or case[0][0] == "d"])
+def test_a_file_that_is_cut_short_or_something_else(name, suffix, tmp_path):
+    path = tmp_path / (name + suffix)
+    whole = COMPRESSIONS[suffix](FORMATS[name](texts_of(name)))
+    for content in (whole[: len(whole) * 2 // 3], b"these are not the bytes of such a file"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="can't be read: "):
+            list(documents([str(path)], "text"))
+    path.unlink()
+    with pytest.raises(UserError, match="can't be read: FileNotFoundError"):
+        list(documents([str(path)], "text"))
+
+
+def test_an_array_that_is_cut_short(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(as_array(["a", "b"])[:-20])
+    with pytest.raises(UserError, match=f"{path} line 8: the array is not JSON: Expecting"):
+        list(documents([str(path)], "text"))
+
+
+# ---- finding local files ----
+
+
+def test_a_directory_is_its_files_of_one_type(tmp_path):
+    for name in ("b.jsonl", "a.NDJSON.gz", "deep/c.json", "LICENSE", "data.bin", ".git/x.json"):
+        path = tmp_path / "texts" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    found = local_files(str(tmp_path / "texts"))
+    assert [os.path.relpath(f, tmp_path / "texts") for f in found] == [
+        "a.NDJSON.gz",
+        "b.jsonl",
+        "deep/c.json",
+    ]
+    (tmp_path / "texts" / "README.md").write_text("")
+    with pytest.raises(UserError) as error:
+        local_files(str(tmp_path / "texts"))
+    for pattern in ("/texts/**/*.jsonl'", "/texts/**/*.md'"):
+        assert pattern in str(error.value)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="none of its files is .txt .md"):
+        local_files(str(tmp_path / "empty"))
+
+
+def test_files_of_a_glob(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.txt", "a.TXT.gz", "[c].txt", "x.csv", "y.tsv", "z.doc"):
+        (tmp_path / name).write_text("")
+    assert local_files("?.txt") == ["b.txt"] and local_files("[c].txt") == ["[c].txt"]
+    assert local_files("org/name") == []
+    for dataset, said in {
+        "no.txt": "there is no such file",
+        "no/*": "there is no such file",
+        "[xy].?sv": "several types: give one type, as in '*.csv' or '*.tsv'",
+        "z.doc": "z.doc is none of .txt .md",
+        "*": "z.doc is none of",
+    }.items():
+        with pytest.raises(UserError) as error:
+            local_files(dataset)
+        assert said in str(error.value) and f"--dataset {dataset}" in str(error.value)
+    (tmp_path / "below").mkdir()
+    with pytest.raises(UserError, match="below is a directory; name its files, as in 'below/"):
+        local_files("bel*")
+
+
+def test_the_type_of_a_file():
+    assert file_type("a.b/C.JSONL.Gz") == ".jsonl" and file_type("a.parquet") == ".parquet"
+    assert file_type("a.gz") == "" and file_type("a.txt.zip") == ".zip"
+
+
+# ---- what local files need ----
+
+
+def test_local_files_need_no_library_of_the_hub_and_no_home(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(TEXTS))
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+for name in ("datasets", "fsspec", "huggingface_hub", "pyarrow"):
+    sys.modules[name] = None
+import data_generator
+words = ["--dataset=a.jsonl", "--tokenizer=bytes", "--shard_size=1000", "--data_dir=data"]
+sys.exit(data_generator.main(words))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"HOME": "/dev/null/none", "HF_HOME": "/dev/null/none"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", ["a.jsonl", "a.jsonl.zst", "a.parquet", "a.csv.gz", "a.parquet.gz"]
+)
+def test_memory_does_not_grow_with_the_file(kind, tmp_path):
+    """100 MB of texts, in .parquet as one row group, cost less than 60 MB."""
+    texts = ["some words of a document " * 200] * 20_000
+    content = io.BytesIO()
+    if "parquet" in kind:
+        numbered = [f"{n} {text}" for n, text in enumerate(texts)]
+        pq.write_table(
+            pa.table({"text": numbered}), content, row_group_size=10**6, compression="none",
+            use_dictionary=False,
+        )  # fmt: skip
+        content = content.getvalue()
+    else:
+        content = as_separated(texts, ",") if "csv" in kind else as_jsonl(texts)
+    suffix = os.path.splitext(kind)[1]
+    if suffix in COMPRESSIONS:
+        content = COMPRESSIONS[suffix](content)
+    (tmp_path / kind).write_bytes(content)
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import pyarrow.compute, pyarrow.parquet
+from lib.documents import documents
+def peak():
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1000
+before = peak()
+assert sum(1 for _ in documents([{str(tmp_path / kind)!r}], "text")) == 20_000
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 60
