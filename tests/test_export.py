@@ -504,7 +504,12 @@ def test_the_plain_upload_folder_works_too(bytes_folder):
 # ---- weights in ----
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
+LARGER = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2-medium", "gpt2-large", "gpt2-xl")
+]
+
+
+@pytest.mark.parametrize("name", ["gpt2", *LARGER])
 def test_weights_from_the_hub_by_name(name, gpt2_folder, tmp_path):
     """A small model under each of OpenAI's names: sampled, and trained on, in its own rows and
     shape."""

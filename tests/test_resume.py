@@ -257,8 +257,22 @@ def test_resume_without_a_part_of_the_state_is_noticed(what, data_dir, trained, 
         assert_same_weights(tmp_path, trained)
 
 
-@pytest.mark.parametrize("to", ["torchrun", "rank"])
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+SLOW = {"marks": pytest.mark.slow}
+
+
+@pytest.mark.parametrize(
+    "name, to",
+    [
+        ("SIGTERM", "torchrun"),
+        ("SIGTERM", "rank"),
+        ("SIGINT", "torchrun"),
+        ("SIGUSR1", "rank"),
+        ("SIGHUP", "torchrun"),
+        pytest.param("SIGINT", "rank", **SLOW),
+        pytest.param("SIGUSR1", "torchrun", **SLOW),
+        pytest.param("SIGHUP", "rank", **SLOW),
+    ],
+)
 def test_signals_finish_the_step_save_and_leave(name, to, data_dir, long_run, tmp_path):
     launcher = ("--standalone", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1,SIGHUP")
     process = start_torchrun(
