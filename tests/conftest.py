@@ -77,7 +77,8 @@ sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
 os.chdir(request["cwd"])
 os.environ.clear()
 os.environ.update(request["env"])
-sys.argv, sys.path[0] = request["argv"], os.path.dirname(request["argv"][0])
+sys.argv = request["argv"]
+sys.path[:1] = [os.path.dirname(sys.argv[0]), *request["env"].get("PYTHONPATH", "").split(":")]
 if sys.argv[0] == "torchrun":
     sys.exit(torch.distributed.run.main(sys.argv[1:]))
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -90,7 +91,7 @@ def script(*words, env=None, cwd=None, input="", timeout=300) -> subprocess.Comp
     argv, env = [*map(str, words)], os.environ | (env or {})
     if argv[0] != "torchrun":
         argv[0] = str(ROOT / argv[0])
-    if "LD_PRELOAD" in env or words[0] == "data_generator.py" or Path(words[0]).is_absolute():
+    if "LD_PRELOAD" in env or words[0] == "data_generator.py":
         options = {"capture_output": True, "text": True, "timeout": timeout, "input": input}
         return subprocess.run([sys.executable, *argv], env=env, cwd=cwd, **options)
     if not waiting:
