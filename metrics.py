@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import re
+import secrets
 import statistics
 import sys
 import time
@@ -429,7 +430,7 @@ class WeightsAndBiases:
 
         path = log_dir / "wandb_id.txt"
         if not path.exists():
-            path.write_text(wandb.util.generate_id() + "\n")
+            path.write_text(secrets.token_hex(4) + "\n")
         self.run = wandb.init(
             project="GPT124M",
             name=log_dir.resolve().name,
