@@ -109,7 +109,7 @@ def make_tokenizer(directory: str, texts: list[str]) -> str:
 
 
 def bench_tokenizing(rounds: int) -> None:
-    texts = fineweb_like(30_000_000)
+    texts = fineweb_like(10_000_000)
     megabytes = sum(map(len, texts)) / 1e6
     executor = concurrent.futures.ProcessPoolExecutor
     with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryDirectory() as files:

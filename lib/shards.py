@@ -429,27 +429,35 @@ class TokenLoader:
         import torch
 
         first = step * self.sequences_per_step + (micro_step * self.world_size + self.rank) * self.B
-        tokens = np.empty((self.B, self.T + 1), dtype=np.int64)
-        for row in range(self.B):
-            self.read_sequence(first + row, tokens[row])
-        x = torch.from_numpy(tokens[:, :-1].copy())  # (B, T)
-        y = torch.from_numpy(tokens[:, 1:].copy())  # (B, T)
+        epoch, place = divmod(first, self.sequences)
+        if self.shuffle is None and place + self.B <= self.sequences:  # they lie one after another
+            tokens = np.empty(self.B * self.T + 1, dtype=np.int64)
+            self.read(place * self.T, tokens)
+            x = tokens[:-1].reshape(self.B, self.T)
+            y = tokens[1:].reshape(self.B, self.T)
+        else:
+            tokens = np.empty((self.B, self.T + 1), dtype=np.int64)
+            for row in range(self.B):
+                epoch, place = divmod(first + row, self.sequences)
+                if self.shuffle is not None:
+                    place = int(self.order(epoch)[place])
+                self.read(place * self.T, tokens[row])
+            x = tokens[:, :-1].copy()
+            y = tokens[:, 1:].copy()
+        x = torch.from_numpy(x)  # (B, T)
+        y = torch.from_numpy(y)  # (B, T)
         return (x.pin_memory(), y.pin_memory()) if self.pin_memory else (x, y)
 
-    def read_sequence(self, i: int, row: np.ndarray) -> None:
-        """Fill a row (T + 1,) with sequence i, counted over all epochs."""
-        epoch, place = divmod(i, self.sequences)
-        if self.shuffle is not None:
-            place = int(self.order(epoch)[place])
-        start = place * self.T
+    def read(self, start: int, tokens: np.ndarray) -> None:
+        """Fill an array (n,) with the tokens of the stream from `start` on."""
         shard = int(np.searchsorted(self.ends, start, side="right"))
         filled = 0
-        while filled <= self.T:  # once, or more often where the sequence goes on in the next shard
+        while filled < len(tokens):  # once, or more often where they go on in the next shard
             offset = start + filled - int(self.ends[shard] - self.lengths[shard])
-            part = self.shard(shard)[offset : offset + self.T + 1 - filled]
+            part = self.shard(shard)[offset : offset + len(tokens) - filled]
             if part.max() >= self.n_vocab:
                 self.refuse_token(shard, offset, part)
-            row[filled : filled + len(part)] = part
+            tokens[filled : filled + len(part)] = part
             filled += len(part)
             shard += 1
 
