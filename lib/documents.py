@@ -218,7 +218,7 @@ def parquet_documents(file, text_field: str, skip: int):
     import pyarrow.parquet
 
     # without these two a whole row group, perhaps the whole file, would be read at once
-    table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
+    table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**22)
     names = table.schema_arrow.names
     path = [text_field] if text_field in names else text_field.split(".")
     fields = table.schema_arrow
