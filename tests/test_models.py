@@ -100,12 +100,12 @@ def test_transformers_folders(way, shape, own_tokenizer, tmp_path):
     if "max_shard_size" in saved.options:
         assert len(list(tmp_path.glob("*-of-*"))) > 1
     ours, tokenizer = load_model(str(tmp_path))
-    assert largest_difference(ours, theirs) < 1e-4
+    assert largest_difference(ours, theirs) < 1e-5
     assert ours.lm_head.weight.dtype == torch.float32 and not ours.training
     assert tokenizer.identity == get_tokenizer(own_tokenizer).identity
     for path in sorted(tmp_path.glob("*model*"))[:3]:  # the path of a file of weights, too
         ours, tokenizer = load_model(str(path))
-        assert largest_difference(ours, theirs) < 1e-4 and tokenizer.name == "tokenizer.json"
+        assert largest_difference(ours, theirs) < 1e-5 and tokenizer.name == "tokenizer.json"
 
 
 def test_openais_names_without_a_prefix_and_with_masks(own_tokenizer, tmp_path):
@@ -120,14 +120,14 @@ def test_openais_names_without_a_prefix_and_with_masks(own_tokenizer, tmp_path):
         weights[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     copy_tokenizer(own_tokenizer, tmp_path)
-    assert largest_difference(load_model(str(tmp_path))[0], theirs) < 1e-4
+    assert largest_difference(load_model(str(tmp_path))[0], theirs) < 1e-5
 
 
 def test_gelu_by_its_other_name(own_tokenizer, tmp_path):
     theirs = small_gpt2(activation_function="gelu_pytorch_tanh")
     theirs.save_pretrained(tmp_path)
     copy_tokenizer(own_tokenizer, tmp_path)
-    assert largest_difference(load_model(str(tmp_path))[0], theirs) < 1e-4
+    assert largest_difference(load_model(str(tmp_path))[0], theirs) < 1e-5
 
 
 OTHERS = {
@@ -156,7 +156,7 @@ def test_what_does_not_change_the_maths_is_accepted(own_tokenizer, tmp_path):
     theirs = small_gpt2(**changes)
     theirs.save_pretrained(tmp_path)
     copy_tokenizer(own_tokenizer, tmp_path)
-    assert largest_difference(load_model(str(tmp_path))[0], theirs) < 1e-4
+    assert largest_difference(load_model(str(tmp_path))[0], theirs) < 1e-5
 
 
 def change_config(folder, **changes):
@@ -226,7 +226,7 @@ def test_weights_in_torchs_old_format(own_tokenizer, tmp_path):
     (tmp_path / "model.safetensors").unlink()
     path = tmp_path / "pytorch_model.bin"
     torch.save(theirs.state_dict(), path, _use_new_zipfile_serialization=False)
-    assert largest_difference(load_model(str(tmp_path))[0], theirs) < 1e-4
+    assert largest_difference(load_model(str(tmp_path))[0], theirs) < 1e-5
 
 
 # ---- tokenizers ----
@@ -249,7 +249,7 @@ def test_a_folders_own_tokenizer_is_used_never_assumed(tmp_path, capsys):
     assert theirs("<|user|>Hello<|bot|>")["input_ids"] == [50257, 15496, 50258]
     assert theirs.eos_token_id == 50256
     twin = AutoModelForCausalLM.from_pretrained(out)
-    assert twin.config.vocab_size == 50259 and largest_difference(model, twin) < 1e-4
+    assert twin.config.vocab_size == 50259 and largest_difference(model, twin) < 1e-5
     words = ["--model", str(out), "--max_new_tokens=9", "--num_samples=1", "--temperature=1e-30"]
     assert sample.main(["<|user|>Hi", *words]) == 0
     assert "<|user|>Hi" in capsys.readouterr().out
@@ -266,7 +266,7 @@ def test_an_own_tokenizer_comes_back_byte_for_byte(own_tokenizer, tmp_path):
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "in")
     idx = torch.randint(600, (2, 64))
     with torch.no_grad():
-        assert (twin(idx).logits - theirs(idx).logits[..., :600]).abs().max() < 1e-4
+        assert (twin(idx).logits - theirs(idx).logits[..., :600]).abs().max() < 1e-5
     assert AutoTokenizer.from_pretrained(out).eos_token_id == twin.config.eos_token_id == 0
 
 
@@ -318,7 +318,8 @@ def test_nanogpt(prefix, own_tokenizer, tmp_path, caplog):
     theirs = small_gpt2(vocab_size=50304)
     nanogpt_checkpoint(tmp_path / "ckpt.pt", theirs, prefix)
     ours, tokenizer = load_model(str(tmp_path / "ckpt.pt"))
-    assert largest_difference(ours, theirs) < 1e-4 and tokenizer.name == "gpt2"
+    # the sums of a head of 50,304 rows go in another order on some machines: 1.2e-5 was seen
+    assert largest_difference(ours, theirs) < 5e-5 and tokenizer.name == "gpt2"
     assert "names no tokenizer: its 50304 rows are taken for GPT-2's tokens" in caplog.text
     assert "nanoGPT computes GELU exactly" in caplog.text
     nanogpt_checkpoint(tmp_path / "ckpt.pt", small_gpt2(vocab_size=65))
@@ -356,8 +357,10 @@ def test_the_difference_of_nanogpts_gelu(tmp_path):
     assert 1e-5 < difference < 1e-2
 
 
+@pytest.mark.slow  # peft comes with the requirements of the slow tests
 def test_an_adapter_is_to_be_merged_with_the_lines_of_the_message(own_tokenizer, tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
+
     small_gpt2().save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     target = {"target_modules": ["c_attn"], "fan_in_fan_out": True, "init_lora_weights": False}
