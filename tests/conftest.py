@@ -91,7 +91,8 @@ def script(*words, env=None, cwd=None, input="", timeout=300) -> subprocess.Comp
     argv, env = [*map(str, words)], os.environ | (env or {})
     if argv[0] != "torchrun":
         argv[0] = str(ROOT / argv[0])
-    if "LD_PRELOAD" in env or words[0] == "data_generator.py":
+    at_start = env.keys() & {"LD_PRELOAD", "PYTHONIOENCODING"}  # what a forked process can't take
+    if at_start or words[0] == "data_generator.py":
         options = {"capture_output": True, "text": True, "timeout": timeout, "input": input}
         return subprocess.run([sys.executable, *argv], env=env, cwd=cwd, **options)
     if not waiting:
