@@ -13,7 +13,6 @@ import io
 import json
 import math
 import os
-import platform
 import re
 import secrets
 import statistics
@@ -26,13 +25,11 @@ from typing import Literal
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
-import torch
-
-from GPT_Modules import GPT, GPTConfig
+from GPT_Modules import GPTConfig
 from lib.cli import UserError, command, first_line, parse
 from lib.device import device_name
 from lib.files import whole_file
-from lib.shards import FINEWEB_EDU, public_name
+from lib.shards import FINEWEB_EDU
 from lib.tokenizer import UNIT
 
 # OpenAI's GPT-2 124M: loss in nats per token on build-nanogpt's validation shard, and HellaSwag
@@ -140,11 +137,9 @@ def read_log(log_dir) -> dict[str, list[tuple[int, float]]]:
 class RunFacts:
     """What identifies a run and its machine: LOG_DIR/run.json."""
 
-    config: (
-        dict  # vars of the TrainConfig; of an absolute path the last part, as it may be published
-    )
+    config: dict  # vars of the TrainConfig, without_paths
     model: dict  # vars of the GPTConfig
-    data: dict  # TokenLoader.identity()
+    data: dict  # TokenLoader.identity(), with the data set's public name
     parameters: int
     tokens_per_step: int
     hardware: str
@@ -153,25 +148,12 @@ class RunFacts:
     versions: dict
 
 
-def describe(
-    config: dict, ranks, model: GPT, data: dict, precision: str, compiled: bool
-) -> RunFacts:
-    """The facts of a run. config: vars of its TrainConfig. data: TokenLoader.identity()."""
-    published = dict(config)
-    for name, value in config.items():
-        if isinstance(value, str) and os.path.isabs(value):
-            published[name] = os.path.basename(value)
-    return RunFacts(
-        config=published,
-        model=vars(model.config),
-        data=data | {"dataset": public_name(data)},
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        tokens_per_step=config["total_batch_size"],
-        hardware=ranks.hardware(),
-        precision=precision,
-        compiled=compiled,
-        versions={"python": platform.python_version(), "torch": torch.__version__},
-    )
+def without_paths(config: dict) -> dict:
+    """A configuration that may be published: of an absolute path only its last part."""
+    return {
+        name: os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
+        for name, value in config.items()
+    }
 
 
 def write_run(log_dir, facts: RunFacts) -> None:

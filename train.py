@@ -15,6 +15,7 @@ Shapes: B sequences in a micro-batch (batch_size), T tokens in a sequence (seq_l
 import dataclasses
 import math
 import os
+import platform
 import shlex
 import signal
 import sys
@@ -57,7 +58,7 @@ from lib.files import only_writer
 from lib.loss import linear_cross_entropy
 from lib.muon import Muon, muon_groups
 from lib.ranks import Ranks
-from lib.shards import DATA_DIR, DEMO_DATA_DIR, TokenLoader
+from lib.shards import DATA_DIR, DEMO_DATA_DIR, TokenLoader, public_name
 from lib.tokenizer import Tokenizer, get_tokenizer
 from sample import show_samples
 
@@ -225,6 +226,7 @@ class Run:
     scaler: torch.amp.GradScaler
     autocast: torch.autocast
     precision: str
+    compiled: bool
     log: metrics.Log
 
 
@@ -394,16 +396,15 @@ def set_up(config: TrainConfig, ranks: Ranks, data: Data) -> tuple[Run, int]:
         # averages gradients over the ranks
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
-    identity = data.train.identity()
-    facts = metrics.describe(vars(config), ranks, raw_model, identity, start.precision, compiled)
-    announce(config, ranks, data, facts, start.source)
     log = metrics.Log(config.log_dir if ranks.main else None, start.step)
-    if ranks.main and start.step < config.max_steps:  # else it stays the machine's that trained it
-        metrics.write_run(config.log_dir, facts)
     run = Run(
         config, ranks, data, questions, raw_model, model, optimizer, scaler, autocast,
-        start.precision, log,
+        start.precision, compiled, log,
     )  # fmt: skip
+    facts = describe(run)
+    announce(run, facts, start.source)
+    if ranks.main and start.step < config.max_steps:  # else it stays the machine's that trained it
+        metrics.write_run(config.log_dir, facts)
     return run, start.step
 
 
@@ -442,14 +443,31 @@ def what_fits(shape: StepShape, share: int, free: float) -> str:
     return "a smaller model would fit (--n_layer, --n_embd)"
 
 
-def announce(
-    config: TrainConfig, ranks: Ranks, data: Data, facts: metrics.RunFacts, source: str
-) -> None:
+def describe(run: Run) -> metrics.RunFacts:
+    """The facts of a run, for its first lines and for run.json."""
+    data = run.data.train.identity()
+    return metrics.RunFacts(
+        config=metrics.without_paths(vars(run.config)),
+        model=vars(run.raw_model.config),
+        data=data | {"dataset": public_name(data)},
+        parameters=sum(parameter.numel() for parameter in run.raw_model.parameters()),
+        tokens_per_step=run.config.total_batch_size,
+        hardware=run.ranks.hardware(),
+        precision=run.precision,
+        compiled=run.compiled,
+        versions={"python": platform.python_version(), "torch": torch.__version__},
+    )
+
+
+def announce(run: Run, facts: metrics.RunFacts, source: str) -> None:
     """Print the run's model, data and machine, and what to know of its data.
 
     source: where the weights are from.
     """
-    model = GPTConfig(**facts.model)
+    config = run.config
+    ranks = run.ranks
+    data = run.data
+    model = run.raw_model.config
     train = data.train
     epochs = config.max_steps * config.total_batch_size / train.tokens
     ranks.say(
