@@ -83,8 +83,8 @@ def command(main):
 
 
 def leave(exit_code: int) -> typing.NoReturn:
-    """End the process. Under torchrun at once: during Python's normal shutdown a thread of gloo
-    that still frees a tensor can abort it (exit code -6)."""
+    """End the process. Under torchrun at once: a thread of gloo that still frees a tensor can abort
+    Python's normal shutdown (exit code -6), or hold it up for ever."""
     if "RANK" not in os.environ:
         sys.exit(exit_code)
     with contextlib.suppress(OSError):

@@ -59,30 +59,7 @@ def campaign(request):
     return lambda full: full if request.config.getoption("--full") else max(1, full // 4)
 
 
-# A process that has imported torch waits and forks for each script or torchrun: 1.5 s less than a
-# new process.
-WITH_TORCH = """
-import json, os, runpy, sys
-import matplotlib.figure, numpy, safetensors.torch, tiktoken, torch, torch.distributed.run, tqdm
-for line in sys.stdin:
-    request = json.loads(line)
-    if (child := os.fork()) == 0:
-        break
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-else:
-    sys.exit()
-for number, name in enumerate(("stdin", "stdout", "stderr")):
-    os.dup2(os.open(request[name], os.O_WRONLY if number else os.O_RDONLY), number)
-sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
-os.chdir(request["cwd"])
-os.environ.clear()
-os.environ.update(request["env"])
-sys.argv = request["argv"]
-sys.path[:1] = [os.path.dirname(sys.argv[0]), *request["env"].get("PYTHONPATH", "").split(":")]
-if sys.argv[0] == "torchrun":
-    sys.exit(torch.distributed.run.main(sys.argv[1:]))
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+# the process of forked.py, once it is needed
 waiting = []
 
 
@@ -97,7 +74,8 @@ def script(*words, env=None, cwd=None, input="", timeout=300) -> subprocess.Comp
         return subprocess.run([sys.executable, *argv], env=env, cwd=cwd, **options)
     if not waiting:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        waiting.append(subprocess.Popen([sys.executable, "-c", WITH_TORCH], **pipes))
+        server = [sys.executable, ROOT / "tests" / "forked.py"]
+        waiting.append(subprocess.Popen(server, **pipes))
     with tempfile.TemporaryDirectory() as directory:
         files = {name: os.path.join(directory, name) for name in ("stdin", "stdout", "stderr")}
         for name, path in files.items():
