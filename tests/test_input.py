@@ -76,7 +76,7 @@ def test_bad_input_is_the_same_on_every_rank(data_dir, tmp_path):
     assert done.returncode == 1 and time.time() - start < 30
     assert done.stderr.count("error: --total_batch_size 128 is not a multiple of") == 1
     assert re.search(r"exitcode\s*: 2", done.stderr)
-    assert f'File "{ROOT / "train.py"}"' not in done.stderr  # torchrun prints a traceback, of its own
+    assert f'File "{ROOT / "train.py"}"' not in done.stderr  # only of torchrun
 
 
 OFFLINE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
