@@ -5,11 +5,15 @@ import math
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers have the cores; torch reads it at import
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -64,18 +68,24 @@ waiting = []
 
 
 def script(*words, env=None, cwd=None, input="", timeout=300) -> subprocess.CompletedProcess:
-    """Run `python script.py ...`, or `torchrun ...`, to its end and return what it printed."""
+    """Run `python script.py ...`, or `torchrun ...`, to its end and return what it printed.
+
+    In a fork of forked.py's process, unless the environment must be there from the start.
+    """
     argv, env = [*map(str, words)], os.environ | (env or {})
     if argv[0] != "torchrun":
         argv[0] = str(ROOT / argv[0])
-    at_start = env.keys() & {"LD_PRELOAD", "PYTHONIOENCODING"}  # what a forked process can't take
+    # what a forked process can't take any more
+    at_start = env.keys() & {"LD_PRELOAD", "PYTHONIOENCODING", "TORCH_LOGS"}
     if at_start or words[0] == "data_generator.py":
         options = {"capture_output": True, "text": True, "timeout": timeout, "input": input}
+        if argv[0] == "torchrun":
+            argv[:1] = ["-m", "torch.distributed.run"]
         return subprocess.run([sys.executable, *argv], env=env, cwd=cwd, **options)
     if not waiting:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         server = [sys.executable, ROOT / "tests" / "forked.py"]
-        waiting.append(subprocess.Popen(server, **pipes))
+        waiting.append(subprocess.Popen(server, start_new_session=True, **pipes))
     with tempfile.TemporaryDirectory() as directory:
         files = {name: os.path.join(directory, name) for name in ("stdin", "stdout", "stderr")}
         for name, path in files.items():
@@ -83,7 +93,9 @@ def script(*words, env=None, cwd=None, input="", timeout=300) -> subprocess.Comp
         request = files | {"argv": argv, "env": env, "cwd": str(cwd or os.getcwd())}
         waiting[0].stdin.write(json.dumps(request) + "\n")
         waiting[0].stdin.flush()
-        assert select.select([waiting[0].stdout], [], [], timeout)[0], f"{argv} takes too long"
+        if not select.select([waiting[0].stdout], [], [], timeout)[0]:
+            os.killpg(waiting.pop().pid, signal.SIGKILL)
+            pytest.fail(f"{argv} takes longer than {timeout} s")
         code = int(waiting[0].stdout.readline())
         outputs = [Path(files[name]).read_text(errors="replace") for name in ("stdout", "stderr")]
     return subprocess.CompletedProcess(argv, code, *outputs)
