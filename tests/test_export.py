@@ -587,7 +587,8 @@ def test_conversion_to_gguf(gpt2_folder, tmp_path):
 
 @pytest.mark.slow
 def test_lm_eval_from_the_command_line_takes_the_folder(gpt2_folder, tmp_path):
-    """The README's command, on a task that needs no download: lm_eval's own, over a local file."""
+    """The command of docs/finetune.md, on a task that needs no download: lm_eval's own, over a local
+    file."""
     from conftest import write_hellaswag
 
     write_hellaswag(tmp_path / "h.jsonl", 8)
