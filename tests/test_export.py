@@ -587,8 +587,7 @@ def test_conversion_to_gguf(gpt2_folder, tmp_path):
 
 @pytest.mark.slow
 def test_lm_eval_from_the_command_line_takes_the_folder(gpt2_folder, tmp_path):
-    """The command of docs/finetune.md, on a task that needs no download: lm_eval's own, over a local
-    file."""
+    """docs/finetune.md's command, on a task that needs no download: lm_eval's own, over a file."""
     from conftest import write_hellaswag
 
     write_hellaswag(tmp_path / "h.jsonl", 8)
