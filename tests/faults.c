@@ -1,5 +1,5 @@
 /* A file system that can't do one thing: loaded before libc (LD_PRELOAD).
-   FAULT_CALL   lock, symlink, flushdir (fsync of one), fsync, mmap, rename, stat or read, or several: mmap+read
+   FAULT_CALL   lock, symlink, flushdir (fsync of one), fsync, mmap or read, or several: mmap+read
    FAULT_ERRNO  what the call fails with (read: it comes short instead)
    FAULT_PATH   only for paths that contain this
    FAULT_TIMES  only so often; without it always */
@@ -63,24 +63,6 @@ void *mmap(void *at, size_t n, int protection, int flags, int fd, off_t offset) 
 void *mmap64(void *at, size_t n, int protection, int flags, int fd, off64_t offset) {
     if (fd >= 0 && fails("mmap", path_of(fd))) return MAP_FAILED;
     return REAL(mmap64)(at, n, protection, flags, fd, offset);
-}
-
-int rename(const char *from, const char *to) {
-    if (access(to, F_OK) == 0 && fails("rename", to)) return -1;
-    return REAL(rename)(from, to);
-}
-int renameat(int a, const char *from, int b, const char *to) {
-    if (faccessat(b, to, F_OK, 0) == 0 && fails("rename", to)) return -1;
-    return REAL(renameat)(a, from, b, to);
-}
-
-int stat(const char *path, struct stat *s) { return fails("stat", path) ? -1 : REAL(stat)(path, s); }
-int stat64(const char *path, struct stat64 *s) { return fails("stat", path) ? -1 : REAL(stat64)(path, s); }
-int fstatat(int at, const char *path, struct stat *s, int flags) {
-    return fails("stat", path) ? -1 : REAL(fstatat)(at, path, s, flags);
-}
-int fstatat64(int at, const char *path, struct stat64 *s, int flags) {
-    return fails("stat", path) ? -1 : REAL(fstatat64)(at, path, s, flags);
 }
 
 static size_t less(int fd, size_t n) { return n > 1 && fails("read", path_of(fd)) ? n / 2 : n; }
