@@ -327,27 +327,24 @@ def test_ids_above_the_vocabulary_do_not_reach_the_model(name, place, step, tmp_
         list(loader.batches(step))
 
 
-def test_the_loader_adds_little_memory_and_is_there_at_once(tmp_path):
+def test_the_loader_adds_little_memory(tmp_path):
     write_shards(tmp_path, {"train": [30_000_000, 30_000_000]})
     program = f"""
-import sys, time, torch
+import sys, torch
 sys.path.insert(0, {str(ROOT)!r})
 from lib.shards import TokenLoader
 def own():
     return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) / 1000
-before, start = own(), time.time()
+before = own()
 loader = TokenLoader({str(tmp_path)!r}, "train", 1024, 64, 65536)
-next(loader.batches(0))
-first = time.time() - start
 for step in range(200):
     for _ in loader.batches(step): pass
-print(first, own() - before)
+print(own() - before)
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    seconds, megabytes = map(float, done.stdout.split())
-    assert megabytes < 64 and seconds < 1
+    assert float(done.stdout) < 64  # MB
 
 
 def test_train_and_val_are_words_of_a_shards_name(tmp_path):
