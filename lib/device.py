@@ -141,6 +141,8 @@ def step_memory(shape: StepShape, batch_size: int) -> float:
     parameters = matrices + 13 * L * C + shape.model.block_size * C + 2 * C
     state = 16 * parameters  # weights, gradients and two moments of AdamW, in float32
     copies = 2 * matrices if shape.half else 0  # the weights in half precision
+    if shape.compiled and shape.recompute:
+        copies /= 2  # never all of them at a time
     table = 4 * V * C  # the gradient of the token table, before it is added to the others
     rows = rows_of_a_slice(V, "cuda")
     logits = number * V * min(n, rows)

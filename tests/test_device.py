@@ -155,7 +155,10 @@ COUNTED = {
     "gpt2 bfloat16 compiled": {1: 2.83, 4: 4.24, 16: 8.38, 64: 25.02},
     "gpt2-medium bfloat16 compiled": {64: 65.65},
     "gpt2-large bfloat16 compiled": {8: 28.41},
+    "gpt2-xl bfloat16 compiled": {2: 34.63},
+    "gpt2 float16 compiled": {16: 8.38},
     "gpt2 bfloat16 compiled recompute": {64: 7.12},
+    "gpt2-large bfloat16 compiled recompute": {16: 17.00},
     "gpt2 float32 compiled": {16: 12.82},
     "gpt2 float32 compiled recompute": {16: 3.94},
 }  # fmt: skip
