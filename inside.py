@@ -250,19 +250,20 @@ VISIBLE = {" ": "·", "\n": "↵", "\t": "→"}
 
 @dataclass(frozen=True)
 class Look:
-    """What is shown of a pass over a prompt of T tokens."""
+    """What is printed and drawn of a pass over a prompt of T tokens; the picture has those from
+    `first` on, S = T - first."""
 
     title: str
-    first: int  # the picture begins with this token
+    first: int
     tokens: list[int]
     labels: list[str]  # of the T tokens
     surprise: np.ndarray  # (T,)
     next: list[tuple[str, float]]  # the likeliest tokens after the last, with their probabilities
-    attention: np.ndarray  # (L, H, T - first, T - first), L layers
+    attention: np.ndarray  # (L, H, S, S), L layers
     kinds: dict[tuple[int, int], tuple[str, float]]  # (layer, head): (kind, share above a half)
-    lens_tokens: np.ndarray  # (L + 1, T - first)
-    lens_labels: list[list[str]]  # the same as labels
-    lens_chances: np.ndarray  # (L + 1, T - first)
+    lens_tokens: np.ndarray  # (L + 1, S): what logit_lens returns
+    lens_labels: list[list[str]]  # lens_tokens as labels
+    lens_chances: np.ndarray  # (L + 1, S)
     sizes: np.ndarray  # (L, 3): attention's addition, the MLP's, x after the block
 
 
