@@ -216,8 +216,8 @@ def shares(attention: np.ndarray, place: np.ndarray) -> np.ndarray:
 
 
 def label(tokenizer: Tokenizer, token: int) -> str:
-    """A token as something to see: a space as ·, a newline as ↵, other control codes as \\x1b, and
-    one that is only a part of a character by its id, as #240."""
+    """A token as something to see: a space as ·, a newline as ↵, other control codes as \\x1b,
+    and one that is only a part of a character by its id, as #240."""
     decoder = tokenizer.decoder()
     decoder.step(token)  # some tokenizers leave out the space before the first word of a text
     text = decoder.step(token) + decoder.end()

@@ -415,7 +415,12 @@ def test_a_body_that_lies_about_its_length_is_not_taken_for_a_whole_one(fineweb,
 @pytest.mark.slow
 def test_a_network_that_stays_away_ends_with_a_message_and_the_next_run_goes_on(fineweb, tmp_path):
     hub, documents = fineweb
-    down = lambda handler, path: "002_00000" in path and (handler.answer(503, b"") or True)  # noqa: E731
+
+    def down(handler, path):
+        if "002_00000" in path:
+            handler.answer(503, b"")
+            return True
+
     hub.faults.append(down)
     done = generate_impatiently(hub, tmp_path)
     assert (

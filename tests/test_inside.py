@@ -20,8 +20,8 @@ from lib.tokenizer import get_tokenizer
 # a newline, a tab, an emoji and Chinese of several tokens, a combining accent, mathematics, a long
 # word, control codes: what is hard to write into a picture
 HARD = (
-    "a\n\tb 🙂 中文 e\u0301 $x_1^{ $\\alpha$ \x1b[31m pneumonoultramicroscopicsilicovolcanoconiosis"
-    " \u202e\u200b a\n\tb"
+    "a\n\tb 🙂 中文 e\u0301 $x_1^{ $\\alpha$ \x1b[31m "
+    "pneumonoultramicroscopicsilicovolcanoconiosis \u202e\u200b a\n\tb"
 )
 SHAPES = [
     GPTConfig(block_size=64, vocab_size=320, n_layer=1, n_head=1, n_embd=8),
