@@ -35,8 +35,8 @@ SMALL = {
     "sample.py": ["--num_samples=1", "--max_new_tokens=40"],
 }  # fmt: skip
 
-NOUNS = "hundo kato ĉevalo arbo ŝipo maljunulo vilaĝo ĝardeno floro monto rivero reĝo".split()
-NOUNS.append("infano")
+NOUNS = "hundo kato ĉevalo arbo ŝipo maljunulo vilaĝo".split()
+NOUNS += "ĝardeno floro monto rivero reĝo infano".split()
 ADJECTIVES = "granda malgranda bela malnova ruĝa verda saĝa ĝoja malriĉa forta".split()
 VERBS = "vid ser am aŭd manĝ port aĉet vend ĵet konstru".split()
 PLACES = "apud sub super antaŭ ĉe malantaŭ".split()
