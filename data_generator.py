@@ -28,12 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
-
 import numpy as np
 from tqdm import tqdm
 
-from lib.cli import PositiveInt, UserError, command, count, first_line, parse
+from lib.cli import PositiveInt, UserError, command, count, one_line_error, parse
 from lib.documents import (
     NetworkFault,
     NotText,
@@ -256,7 +254,7 @@ def start_pool(config: DataConfig, what: str) -> concurrent.futures.ProcessPoolE
         if error.errno == errno.EAGAIN:  # what fork says of too many processes
             raise UserError(f"--num_proc {config.num_proc}: {error.strerror}", code=1) from None
         raise UserError(
-            f"no process can be started that tokenizes: {first_line(error)}; they need semaphores,"
+            f"no process can be started that tokenizes: {one_line_error(error)}; they need semaphores,"
             " which Linux keeps in /dev/shm.\nHINT: make /dev/shm writable (docker run --shm-size)",
             code=1,
         ) from None
@@ -492,7 +490,7 @@ def write_data_set(config: DataConfig) -> Manifest:
                 code=1,
             ) from None
         except OSError as error:
-            message = f"{config.data_dir} can't be written: {first_line(error)}"
+            message = f"{config.data_dir} can't be written: {one_line_error(error)}"
             raise UserError(
                 f"{message}\nHINT: make room and run the same command again", code=1
             ) from None

@@ -6,7 +6,6 @@ python export.py --model demo/log/model_checkpoint.pt --out demo/GPT --overwrite
 """
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -14,13 +13,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
-
 import torch
 
 from GPT_Modules import GPT, TRANSPOSED, GPTConfig
 from lib.checkpoint import Opened, open_model
-from lib.cli import UserError, command, first_line, parse
+from lib.cli import UserError, command, one_line_error, parse
 from lib.files import sync
 from lib.shards import FINEWEB_EDU, is_on_hub, public_name
 from lib.tokenizer import Tokenizer
@@ -373,7 +370,7 @@ def explain_hub(error: Exception, repository: str) -> UserError:
             f"your token may not write to {repository}: run `hf auth login` with a token of type "
             "write"
         )
-    reason = re.sub(r"hf_\w+", "hf_...", first_line(error))
+    reason = re.sub(r"hf_\w+", "hf_...", one_line_error(error))
     return UserError(
         f"the Hub can't be reached or refused {repository}: {reason}\nHINT: check the network",
         code=1 if status else 2,

@@ -15,15 +15,12 @@ vocabulary.
 import contextlib
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
 import numpy as np
 import torch
@@ -32,7 +29,7 @@ from tqdm import tqdm
 
 from GPT_Modules import GPT
 from lib.checkpoint import load_model
-from lib.cli import PositiveInt, UserError, command, first_line, parse
+from lib.cli import PositiveInt, UserError, command, one_line_error, parse
 from lib.device import changing_shapes, choose_device
 from lib.tokenizer import Tokenizer
 
@@ -103,7 +100,7 @@ def fetch_examples() -> Iterable[dict]:
         examples = datasets.load_dataset("Rowan/hellaswag", split="validation")
     except Exception as error:  # the Hub's errors are of many kinds, some of libraries below it
         raise UserError(
-            f"HellaSwag can't be fetched from the Hub: {first_line(error)}\n{hint}"
+            f"HellaSwag can't be fetched from the Hub: {one_line_error(error)}\n{hint}"
         ) from None
     if len(examples) != VALIDATION_EXAMPLES:
         raise UserError(

@@ -23,10 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
-
 from GPT_Modules import GPTConfig
-from lib.cli import UserError, command, first_line, parse
+from lib.cli import UserError, command, one_line_error, parse
 from lib.device import device_name
 from lib.files import whole_file
 from lib.shards import FINEWEB_EDU
@@ -445,7 +443,7 @@ def replay(config: MetricsConfig) -> None:
             f"pip install {config.tracker}"
         ) from None
     except Exception as error:  # of wandb's own kinds: no key, no network
-        raise UserError(f"--tracker {config.tracker}: {first_line(error)}") from None
+        raise UserError(f"--tracker {config.tracker}: {one_line_error(error)}") from None
     try:
         sent = 0  # the tracker has the steps below it
         ended = False

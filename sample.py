@@ -5,14 +5,11 @@ python sample.py --model gpt2 --prompt_file prompt.txt --num_samples 1 --tempera
 echo "def main():" | python sample.py - --model demo/log/model_checkpoint.pt
 """
 
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
 import torch
 

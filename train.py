@@ -14,17 +14,13 @@ Shapes: B sequences in a micro-batch (batch_size), T tokens in a sequence (seq_l
 
 import dataclasses
 import math
-import os
 import platform
 import shlex
 import signal
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
-
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -42,7 +38,7 @@ from lib.checkpoint import (
     remove_older,
     save_checkpoint,
 )
-from lib.cli import PositiveFloat, PositiveInt, UserError, command, count, leave, parse
+from lib.cli import PositiveFloat, PositiveInt, UserError, command, count, exit_process, parse
 from lib.device import (
     StepShape,
     choose_precision,
@@ -55,10 +51,11 @@ from lib.device import (
     step_memory,
 )
 from lib.files import only_writer
+from lib.loader import TokenLoader
 from lib.loss import linear_cross_entropy
 from lib.muon import Muon, muon_groups
 from lib.ranks import Ranks
-from lib.shards import DATA_DIR, DEMO_DATA_DIR, TokenLoader, public_name
+from lib.shards import DATA_DIR, DEMO_DATA_DIR, public_name
 from lib.tokenizer import Tokenizer, get_tokenizer
 from sample import show_samples
 
@@ -228,6 +225,7 @@ class Run:
     precision: str
     compiled: bool
     log: metrics.Log
+    batch_size: int
 
 
 def open_data(config: TrainConfig, ranks: Ranks) -> Data:
@@ -236,15 +234,16 @@ def open_data(config: TrainConfig, ranks: Ranks) -> Data:
 
     def open_split(split: str, shuffle: int | None = None) -> TokenLoader:
         return TokenLoader(
-            config.data_dir, split, config.seq_len, config.batch_size or 1, config.total_batch_size,
+            config.data_dir, split, config.seq_len, config.total_batch_size,
             ranks.rank, ranks.world_size, pin_memory=ranks.device.type == "cuda", shuffle=shuffle,
         )  # fmt: skip
 
     train = open_split("train", config.seed if config.shuffle else None)
+    train.micro_steps(config.batch_size or 1)
     val = open_split("val") if config.val_every else None
     val_steps = min(config.val_tokens // config.total_batch_size, val.steps) if val else 0
     examples = hellaswag.load_examples(config.hellaswag_data) if config.hellaswag_every else []
-    return Data(train, val, val_steps, get_tokenizer(train.tokenizer), examples)
+    return Data(train, val, val_steps, get_tokenizer(train.stream.tokenizer), examples)
 
 
 def first_model(config: TrainConfig, ranks: Ranks, data: Data) -> GPT:
@@ -260,7 +259,7 @@ def first_model(config: TrainConfig, ranks: Ranks, data: Data) -> GPT:
         except ValueError as error:
             raise UserError(f"--{error}") from None
     else:
-        opened = open_model(config.init_from, data.train.tokenizer)
+        opened = open_model(config.init_from, data.train.stream.tokenizer)
         if not opened.brings_tokenizer:
             ranks.say(
                 f"{config.init_from} brings no tokenizer: its tokens are taken for those of "
@@ -331,7 +330,7 @@ def find_start(config: TrainConfig, ranks: Ranks, data: Data) -> Start:
         return Start(0, first_model(config, ranks, data), config.init_from, fastest)
     checkpoint = newest.checkpoint
     path = newest.path
-    check_same_run(config, data.train.identity(), checkpoint, path)
+    check_same_run(config, data.train.stream.identity(), checkpoint, path)
     for reason in newest.damaged:
         ranks.say(f"WARNING: {reason}: passed over")
     if ranks.main:
@@ -366,11 +365,12 @@ def set_up(config: TrainConfig, ranks: Ranks, data: Data) -> tuple[Run, int]:
 
     prepare_device(ranks.device)
     ranks.connect(config.timeout)
-    if config.batch_size is None:
+    batch_size = config.batch_size
+    if batch_size is None:
         half = start.precision != "float32"
         shape = StepShape(raw_model.config, config.seq_len, half, compiled, config.recompute)
-        choose_batch_size(ranks, data, shape)
-    batch_tokens = 4 * data.train.B * config.seq_len  # fits, as no gradients are kept
+        batch_size = choose_batch_size(ranks, data, shape)
+    batch_tokens = 4 * batch_size * config.seq_len  # fits, as no gradients are kept
     questions = hellaswag.share_out(
         data.examples, data.tokenizer, raw_model.config.block_size, ranks, batch_tokens
     )
@@ -399,7 +399,7 @@ def set_up(config: TrainConfig, ranks: Ranks, data: Data) -> tuple[Run, int]:
     log = metrics.Log(config.log_dir if ranks.main else None, start.step)
     run = Run(
         config, ranks, data, questions, raw_model, model, optimizer, scaler, autocast,
-        start.precision, compiled, log,
+        start.precision, compiled, log, batch_size,
     )  # fmt: skip
     facts = describe(run)
     announce(run, facts, start.source)
@@ -408,10 +408,10 @@ def set_up(config: TrainConfig, ranks: Ranks, data: Data) -> tuple[Run, int]:
     return run, start.step
 
 
-def choose_batch_size(ranks: Ranks, data: Data, shape: StepShape) -> None:
+def choose_batch_size(ranks: Ranks, data: Data, shape: StepShape) -> int:
     """Let the loaders have the largest micro-batches that fit: the same on every rank, and the
     result is the same whatever they are. Raises UserError if not even one sequence fits."""
-    share = data.train.micro_steps * data.train.B  # sequences of this process in a step
+    share = data.train.micro_steps(1)  # sequences of this process in a step
     if ranks.device.type == "cuda":
         free = ranks.min(free_memory(ranks.device))
         batch_size = fitting_batch_size(shape, share, free)
@@ -424,9 +424,7 @@ def choose_batch_size(ranks: Ranks, data: Data, shape: StepShape) -> None:
             f"GPU has {free / 1e9:.1f} GB free.\nHINT: {what_fits(shape, share, free)}; "
             "--batch_size 1 tries it all the same"
         )
-    data.train.set_batch_size(batch_size)
-    if data.val:
-        data.val.set_batch_size(batch_size)
+    return batch_size
 
 
 def what_fits(shape: StepShape, share: int, free: float) -> str:
@@ -445,7 +443,7 @@ def what_fits(shape: StepShape, share: int, free: float) -> str:
 
 def describe(run: Run) -> metrics.RunFacts:
     """The facts of a run, for its first lines and for run.json."""
-    data = run.data.train.identity()
+    data = run.data.train.stream.identity()
     return metrics.RunFacts(
         config=metrics.without_paths(vars(run.config)),
         model=vars(run.raw_model.config),
@@ -469,28 +467,28 @@ def announce(run: Run, facts: metrics.RunFacts, source: str) -> None:
     data = run.data
     model = run.raw_model.config
     train = data.train
-    epochs = config.max_steps * config.total_batch_size / train.tokens
+    epochs = config.max_steps * config.total_batch_size / train.stream.tokens
     ranks.say(
         f"model: {facts.parameters:,} parameters from {source}; {count(model.n_layer, 'layer')}, "
         f"{count(model.n_head, 'head')}, {count(model.n_embd, 'channel')}, {model.block_size} "
         f"tokens of context, a vocabulary of {model.vocab_size}"
     )
     ranks.say(
-        f"data: {train.tokens:,} tokens ({data.tokenizer.name}) to learn from in "
+        f"data: {train.stream.tokens:,} tokens ({data.tokenizer.name}) to learn from in "
         f"{config.data_dir}; {count(config.max_steps, 'step')} of {config.total_batch_size:,} are "
         f"{epochs:.2f} epochs"
     )
     ranks.say(
         f"machine: {facts.hardware}, {facts.precision}, "
         f"{'compiled' if facts.compiled else 'not compiled'}; a step is "
-        f"{count(train.micro_steps, 'micro-batch')} of {train.B} x {train.T} tokens for each "
+        f"{count(train.micro_steps(run.batch_size), 'micro-batch')} of {run.batch_size} x {train.T} tokens for each "
         "process"
     )
-    for note in train.notes:
+    for note in train.stream.notes:
         ranks.say(note)
-    if train.manifest is None:
+    if train.stream.manifest is None:
         ranks.say(f"{config.data_dir} has no manifest.json: its tokens are taken for gpt2's")
-    elif not train.manifest.complete:
+    elif not train.stream.manifest.complete:
         ranks.say(
             f"WARNING: {config.data_dir} is not complete: "
             "a run can't go on after its data has grown"
@@ -503,7 +501,7 @@ def announce(run: Run, facts: metrics.RunFacts, source: str) -> None:
     if data.val and data.val_steps * data.val.step_tokens != config.val_tokens:
         ranks.say(
             f"validation uses {data.val_steps * data.val.step_tokens:,} tokens: the whole steps in "
-            f"--val_tokens {config.val_tokens:,} and in the {data.val.tokens:,} of the validation "
+            f"--val_tokens {config.val_tokens:,} and in the {data.val.stream.tokens:,} of the validation "
             "shards"
         )
 
@@ -558,10 +556,10 @@ def validation_loss(run: Run) -> float:
     ranks together. Once a signal asks the run to stop, the rest is left out."""
     val = run.data.val
     device = run.ranks.device
-    micro_batches = run.data.val_steps * val.micro_steps * run.ranks.world_size
+    micro_batches = run.data.val_steps * val.micro_steps(run.batch_size) * run.ranks.world_size
     total = torch.zeros((), device=device)
     for step in range(run.data.val_steps):
-        for x, y in val.batches(step):
+        for x, y in val.batches(step, run.batch_size):
             if run.ranks.stopping():
                 return math.nan
             with run.autocast:
@@ -609,7 +607,7 @@ def save(run: Run, step: int, last: bool) -> None:
         "scaler": run.scaler.state_dict(),
         "precision": run.precision,
         "train_config": vars(config),
-        "data": run.data.train.identity(),
+        "data": run.data.train.stream.identity(),
     }
 
     def write():
@@ -646,6 +644,7 @@ def train(run: Run, first_step: int) -> int:
     data = run.data
     raw_model = run.raw_model
     model = run.model
+    micro_steps = data.train.micro_steps(run.batch_size)
     optimizer = run.optimizer
     scaler = run.scaler
     speed = metrics.Speed(raw_model.config, config, ranks, run.precision)
@@ -676,15 +675,15 @@ def train(run: Run, first_step: int) -> int:
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_factor", 1.0)  # Muon's token table learns faster
         loss_sum = torch.zeros((), device=ranks.device)
-        for micro_step, (x, y) in enumerate(data.train.batches(step)):
+        for micro_step, (x, y) in enumerate(data.train.batches(step, run.batch_size)):
             x = x.to(ranks.device, non_blocking=True)  # (B, T)
             y = y.to(ranks.device, non_blocking=True)  # (B, T)
             # gradients add up on each rank; the last micro-batch averages them over the ranks
-            model.require_backward_grad_sync = micro_step == data.train.micro_steps - 1
+            model.require_backward_grad_sync = micro_step == micro_steps - 1
             with run.autocast:
                 _, loss = model(x, y)
-            scaler.scale(loss / data.train.micro_steps).backward()
-            loss_sum += loss.detach() / (data.train.micro_steps * ranks.world_size)
+            scaler.scale(loss / micro_steps).backward()
+            loss_sum += loss.detach() / (micro_steps * ranks.world_size)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip)
         # the step's one wait for the GPU. All ranks stop after the same step, whichever of them had
@@ -755,10 +754,10 @@ def main(argv=None) -> int:
         data = open_data(config, ranks)
         written = ("*.pt", "log.txt", "run.json", "*.png")
         writer = only_writer(config.log_dir, *written) if ranks.main else nullcontext()
-        with writer, explain_out_of_memory(data.train, config.recompute):
+        with writer, explain_out_of_memory(config.batch_size or 1, config.recompute):
             run, first_step = set_up(config, ranks, data)
             return train(run, first_step)
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -238,11 +238,11 @@ def plain():
             part = tokens[i : i + B * T + 1]
             yield part[:-1].view(B, T), part[1:].view(B, T)
 def ours():
-    from lib.shards import TokenLoader
+    from lib.loader import TokenLoader
     shuffle = 1 if which == "ours, --shuffle" else None
-    loader = TokenLoader(directory, "train", T, B, B * T, shuffle=shuffle)
+    loader = TokenLoader(directory, "train", T, B * T, shuffle=shuffle)
     for step in itertools.count():
-        yield from loader.batches(step)
+        yield from loader.batches(step, B)
 before = own()
 start = time.perf_counter()
 batches = plain() if which == "plain" else ours()

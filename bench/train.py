@@ -31,8 +31,8 @@ import torch.nn.functional as F  # noqa: E402
 
 from GPT_Modules import GPT, GPTConfig  # noqa: E402
 from lib.device import choose_device, choose_precision, prepare_device  # noqa: E402
+from lib.loader import TokenLoader  # noqa: E402
 from lib.loss import linear_cross_entropy  # noqa: E402
-from lib.shards import TokenLoader  # noqa: E402
 
 SIZES = {  # shape, B and T
     "small": (GPTConfig(64, 320, 4, 4, 128), 8, 64),
@@ -118,9 +118,9 @@ def plain_batches(tokens: np.ndarray, B: int, T: int, steps: int):
         yield part[:-1].view(B, T), part[1:].view(B, T)
 
 
-def loaded_batches(loader: TokenLoader, steps: int):
+def loaded_batches(loader: TokenLoader, B: int, steps: int):
     for step in range(steps):
-        yield from loader.batches(step)
+        yield from loader.batches(step, B)
 
 
 def measure_step(options) -> dict[str, float]:
@@ -143,8 +143,8 @@ def measure_step(options) -> dict[str, float]:
         if ours:
             raw_model.loss = linear_cross_entropy
             optimizer = raw_model.configure_optimizers(0.1, 6e-4)
-            loader = TokenLoader(directory, "train", T, B, B * T)
-            batches = loaded_batches(loader, options.steps + 1)
+            loader = TokenLoader(directory, "train", T, B * T)
+            batches = loaded_batches(loader, B, options.steps + 1)
         else:
             optimizer = plain_optimizer(raw_model, fused=options.which == "transformers")
             batches = plain_batches(tokens, B, T, options.steps + 1)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from GPT_Modules import GPT, GPTConfig, NotAGPT2
-from lib.cli import UserError, first_line
+from lib.cli import UserError, one_line_error
 from lib.files import if_possible, replace, whole_file
 from lib.tokenizer import GPT2_TOKENS, Tokenizer, get_tokenizer, has_tokenizer
 
@@ -131,11 +131,11 @@ def load_checkpoint(path) -> dict:
     except OSError as error:
         if error.errno in NOT_ITS_FAULT:
             raise UnreadableCheckpoint(f"{path} can't be read: {error.strerror}") from None
-        raise UserError(f"{path} is damaged or not a checkpoint: {first_line(error)}") from None
+        raise UserError(f"{path} is damaged or not a checkpoint: {one_line_error(error)}") from None
     except NotAGPT2 as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # damaged files raise eight kinds
-        raise UserError(f"{path} is damaged or not a checkpoint: {first_line(error)}") from None
+        raise UserError(f"{path} is damaged or not a checkpoint: {one_line_error(error)}") from None
 
 
 def from_nanogpt(content: dict) -> dict:
@@ -250,7 +250,7 @@ def open_folder(name: str, folder: Path | None, tokenizer: str | None) -> Opened
     # what the Hub's HTTP library raises can't be named without naming the library
     except Exception as error:
         where = "as a model folder" if folder else "from the Hub"
-        raise UserError(f"{name} can't be read {where}: {first_line(error)}") from None
+        raise UserError(f"{name} can't be read {where}: {one_line_error(error)}") from None
     own = folder if folder and has_tokenizer(folder) else None
     if folder is None:
         own = "gpt2"

@@ -76,13 +76,13 @@ def command(main):
             print("stopped: nobody reads the output", file=sys.stderr)
             return 1
         except OSError as error:  # a full disk, a directory that may not be written
-            print(f"error: {first_line(error)}", file=sys.stderr, flush=True)
+            print(f"error: {one_line_error(error)}", file=sys.stderr, flush=True)
             return 1
 
     return run
 
 
-def leave(exit_code: int) -> typing.NoReturn:
+def exit_process(exit_code: int) -> typing.NoReturn:
     """End the process. Under torchrun at once: a thread of gloo that still frees a tensor can abort
     Python's normal shutdown (exit code -6), or hold it up for ever."""
     if "RANK" not in os.environ:
@@ -98,7 +98,7 @@ def discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def first_line(error: Exception) -> str:
+def one_line_error(error: Exception) -> str:
     """The type of an error and the first line of its message."""
     lines = str(error).strip().splitlines() or ["no details"]
     return f"{type(error).__name__}: {lines[0]}"

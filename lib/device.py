@@ -175,10 +175,10 @@ def free_memory(device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(tokens, recompute: bool):
+def explain_out_of_memory(batch_size: int, recompute: bool):
     """Turn a GPU's or a CPU's lack of memory into a UserError that says what needs less.
 
-    tokens: the TokenLoader whose batches are too large.
+    batch_size: of the batches that are too large.
     """
     try:
         yield
@@ -186,7 +186,6 @@ def explain_out_of_memory(tokens, recompute: bool):
         gpu = isinstance(error, torch.OutOfMemoryError)
         if not gpu and "can't allocate memory" not in str(error):
             raise
-        batch_size = tokens.B
         smaller = 2 ** (batch_size - 1).bit_length() // 2
         hints = []
         if batch_size > 1:

@@ -34,7 +34,7 @@ import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lib.cli import UserError, first_line
+from lib.cli import UserError, one_line_error
 
 BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8, which is no text
 ROWS = 1024  # of a .parquet file that are read at a time
@@ -96,7 +96,7 @@ def file_documents(path: str, text_field: str, skip: int):
                 what = what_is_wrong(found, text_field)
                 yield NotText(f"{path}{where}", what) if what else found
     except READ_ERRORS as error:
-        raise UserError(f"{path} can't be read: {first_line(error)}") from None
+        raise UserError(f"{path} can't be read: {one_line_error(error)}") from None
     except WrongFile as error:
         raise UserError(f"{path}{error}") from None
 
@@ -424,8 +424,8 @@ def fetching(path: str):
             dataset = path.removeprefix("hf://datasets/").partition("@")[0]
             raise UserError(explain_gate(dataset)) from None
         if isinstance(error, FileNotFoundError) or is_refusal(error):
-            raise UserError(f"{path} can't be had from the Hub: {first_line(error)}") from None
-        raise NetworkFault(first_line(error)) from None
+            raise UserError(f"{path} can't be had from the Hub: {one_line_error(error)}") from None
+        raise NetworkFault(one_line_error(error)) from None
 
 
 # ---- finding the files ----
@@ -555,13 +555,13 @@ def finding(dataset: str):
         if is_gated(error):
             raise UserError(explain_gate(dataset)) from None
         if any(map(is_network, causes_of(error))):
-            raise NetworkFault(first_line(error)) from None
+            raise NetworkFault(one_line_error(error)) from None
         refused = is_refusal(error) or type(error).__name__ == "DatasetNotFoundError"
         if isinstance(error, OSError) and error.errno and not refused:
             raise UserError(explain_cache(error)) from None
         raise UserError(
             f"--dataset {dataset} can't be {'found' if refused else 'read'} on the Hub:"
-            f" {first_line(error)}\nHINT: check the name, or give local files"
+            f" {one_line_error(error)}\nHINT: check the name, or give local files"
         ) from None
 
 

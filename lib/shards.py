@@ -1,22 +1,17 @@
-"""The tokens on disk: shards of uint16 tokens, the manifest beside them, and the loader that reads
-them back.
+"""The tokens on disk: shards of uint16 tokens, and the manifest beside them.
 
-    writer = ShardWriter("mydata", manifest, eot_token)                 # documents' tokens in
-    loader = TokenLoader("mydata", "train", seq_len=1024, batch_size=8, total_batch_size=65536)
-    for x, y in loader.batches(step=0): ...                             # (B, T) batches out
-
-The shards of a split form one stream. Sequence i is its tokens i*T .. i*T+T, the last one only a
-target; step s is the sequences s*N .. (s+1)*N-1, N to a step. So a step depends on its number
-alone, whatever the number of ranks.
-
-Shapes: B sequences in a micro-batch (batch_size), T tokens in a sequence (seq_len).
+writer = ShardWriter("mydata", manifest, eot_token)      # the tokens of documents go in
+stream = open_stream("mydata", "train")                  # the shards of a split, as one stream
+stream.read(start=0, n=1025)                             # uint16 (1025,)
 """
 
-import concurrent.futures
+import bisect
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -25,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.cli import UserError, first_line
-from lib.files import if_possible, whole_file
+from lib.cli import UserError, one_line_error
+from lib.files import whole_file
 from lib.tokenizer import GPT2_TOKENS
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"  # the data set of GPT-2's default run
@@ -34,7 +29,6 @@ DATA_DIR = "edu_fineweb10B"
 DEMO_DATA_DIR = "demo/data"
 OWN_TOKENIZER = "tokenizer.json"  # lies beside the manifest if it is neither gpt2 nor bytes
 BIN_MAGIC = 20240520  # llm.c's and modded-nanogpt's .bin shards: uint16 tokens of GPT-2
-BIN_MAGIC_LLAMA = 20240801  # llm.c's .bin shards of Llama 3: uint32 tokens
 BIN_HEADER = 256 * 4  # bytes
 
 
@@ -111,7 +105,7 @@ def read_manifest(data_dir) -> Manifest | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} can't be read: {first_line(error)}") from None
+        raise UserError(f"{path} can't be read: {one_line_error(error)}") from None
 
 
 def write_manifest(data_dir, manifest: Manifest) -> None:
@@ -149,104 +143,115 @@ def sha256(path) -> str:
 # ---- a shard ----
 
 
-def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
-    """The tokens of a .npy or .bin shard: uint16 (tokens,), memory-mapped, or in memory where the
-    file system can't map files.
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """A file of uint16 tokens. It is read with `os.pread` and never mapped into memory: a mapped
+    file that becomes shorter kills the process, a read raises an error."""
+
+    path: Path
+    offset: int  # bytes of its header
+    tokens: int
+
+    def read(self, start: int, n: int) -> np.ndarray:
+        """Tokens start .. start+n-1, uint16 (n,). Raises UserError if the file has become shorter
+        or unreachable since it was opened."""
+        place = self.offset + 2 * start
+        data = b""
+        try:
+            while missing := 2 * n - len(data):  # a read may return fewer bytes than asked for
+                piece = os.pread(open_file(self).fileno(), missing, place + len(data))
+                if not piece:
+                    message = f"{self.path} has become shorter during the run"
+                    raise UserError(message, code=1, alone=True)
+                data += piece
+        except OSError as error:
+            message = f"{self.path} can't be read any more: {error.strerror}"
+            raise UserError(message, code=1, alone=True) from None
+        return np.frombuffer(data, "<u2")
+
+
+@functools.lru_cache(maxsize=64)
+def open_file(shard: Shard):
+    """The file of a shard. The last 64 stay open: on a network file system opening one takes about
+    a millisecond, and a shuffled batch reads from many."""
+    return open(shard.path, "rb", buffering=0)
+
+
+def open_shard(path: Path, tokens: int | None = None) -> Shard:
+    """A .npy or .bin file as a Shard.
 
     A .bin file has llm.c's header, or is nanoGPT's train.bin or val.bin, which has none. Raises
-    UserError if the file is not a whole shard, or has not as many tokens as given.
+    UserError if the file is not a whole shard, or does not have the given number of tokens.
     """
     try:
-        shard = read_npy(path) if path.suffix == ".npy" else read_bin(path)
+        with open(path, "rb") as file:
+            offset, found = (
+                read_npy_header(file) if path.suffix == ".npy" else read_bin_header(file)
+            )
+        size = path.stat().st_size
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is damaged or cut short: {first_line(error)}") from None
-    if tokens not in (None, len(shard)):
-        raise UserError(f"{path} has {len(shard):,} tokens, its manifest says {tokens:,}")
-    return shard
-
-
-def read_npy(path: Path) -> np.ndarray:
-    with memory_maps(path):
-        shard = np.load(path, mmap_mode="r")
-        check_shard_type(path, shard)
-        check_size(path, shard.offset, len(shard))
-        return shard
-    with open(path, "rb") as file:
-        shard = np.load(file)
-        check_shard_type(path, shard)
-        check_size(path, file.tell() - shard.nbytes, len(shard))
-        return shard
-
-
-def check_shard_type(path: Path, shard) -> None:
-    if not isinstance(shard, np.ndarray) or shard.dtype != np.uint16 or shard.ndim != 1:
-        found = f"{shard.dtype} {shard.shape}" if isinstance(shard, np.ndarray) else type(shard)
-        raise UserError(f"{path} is not a shard: it holds {found}, not uint16 (tokens,)")
-
-
-def check_size(path: Path, offset: int, tokens: int) -> None:
-    size = path.stat().st_size
-    if size != offset + 2 * tokens:
+        raise UserError(f"{path} is damaged or cut short: {one_line_error(error)}") from None
+    if size != offset + 2 * found:
         raise UserError(
-            f"{path} is damaged or cut short: its header says {tokens:,} tokens, its size "
+            f"{path} is damaged or cut short: its header says {found:,} tokens, its size "
             f"({size:,} bytes) {(size - offset) / 2:,.1f}"
         )
+    if tokens not in (None, found):
+        raise UserError(f"{path} has {found:,} tokens, its manifest says {tokens:,}")
+    return Shard(path, offset, found)
 
 
-def read_bin(path: Path) -> np.ndarray:
-    header = np.fromfile(path, dtype="<i4", count=3).tolist()
+def read_npy_header(file) -> tuple[int, int]:
+    """(bytes before the tokens, number of tokens) of a .npy file."""
+    np.lib.format.read_magic(file)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype != np.uint16 or len(shape) != 1:
+        raise UserError(
+            f"{file.name} is not a shard: it holds {dtype} {shape}, not uint16 (tokens,)"
+        )
+    return file.tell(), shape[0]
+
+
+def read_bin_header(file) -> tuple[int, int]:
+    """(bytes before the tokens, number of tokens) of a .bin file."""
+    path = Path(file.name)
+    header = np.frombuffer(file.read(12), "<i4").tolist()
     if has_no_header(path, header):
         if (path.parent / "meta.pkl").exists():
             raise UserError(
-                f"{path} holds ids of a vocabulary of its own, which meta.pkl beside it describes"
+                f"{path} holds ids of its own vocabulary, which meta.pkl beside it describes"
                 " (nanoGPT's characters), not GPT-2's tokens.\n"
                 "HINT: make shards of the text itself with data_generator.py"
             )
-        offset = 0
-        tokens = path.stat().st_size // 2
-    elif header[:2] == [BIN_MAGIC, 1] and len(header) == 3:
-        offset = BIN_HEADER
-        tokens = header[2]
-    elif header[:1] == [BIN_MAGIC_LLAMA]:
-        raise UserError(
-            f"{path} holds Llama 3's tokens (llm.c's magic number {BIN_MAGIC_LLAMA}, uint32), which"
-            " are not GPT-2's.\nHINT: make shards of the text itself with data_generator.py"
-        )
-    else:
+        return 0, path.stat().st_size // 2
+    if header[:2] != [BIN_MAGIC, 1] or len(header) < 3:
         raise UserError(
             f"{path} is not a shard: its header is {header}, not [{BIN_MAGIC}, 1, tokens]"
         )
-    check_size(path, offset, tokens)
-    with memory_maps(path):
-        return np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(tokens,))
-    return np.fromfile(path, dtype="<u2", offset=offset)
+    return BIN_HEADER, header[2]
 
 
 def has_no_header(path: Path, header: list[int]) -> bool:
-    """Is this nanoGPT's train.bin or val.bin? Neither magic number can begin such a file: as two
-    tokens they are above GPT-2's vocabulary."""
-    return path.name in ("train.bin", "val.bin") and (
-        not header or header[0] not in (BIN_MAGIC, BIN_MAGIC_LLAMA)
-    )
-
-
-def memory_maps(path: Path):
-    return if_possible("memory maps", f"the tokens of {path.parent} are loaded a shard at a time")
+    """Is this nanoGPT's train.bin or val.bin? No header can be mistaken for such a file: as two
+    tokens, the magic number is above GPT-2's vocabulary."""
+    return path.name in ("train.bin", "val.bin") and header[:1] != [BIN_MAGIC]
 
 
 def verify_shard(data_dir, manifest: Manifest, entry: ShardEntry) -> None:
     """Raises UserError if a shard is not what the manifest says: presence, size, type, sha256 and
     ids."""
     path = Path(data_dir) / entry.file
-    largest = open_shard(path, entry.tokens).max()
+    shard = open_shard(path, entry.tokens)
     if sha256(path) != entry.sha256:
         raise UserError(f"{path}: its sha256 is not the manifest's")
-    if largest >= manifest.vocab_size:
-        raise UserError(
-            f"{path}: token {largest} is not below the vocabulary's {manifest.vocab_size}"
-        )
+    for start in range(0, shard.tokens, 2**24):
+        largest = shard.read(start, min(2**24, shard.tokens - start)).max()
+        if largest >= manifest.vocab_size:
+            raise UserError(
+                f"{path}: token {largest} is not below the vocabulary's {manifest.vocab_size}"
+            )
 
 
 # ---- writing ----
@@ -323,79 +328,48 @@ class ShardWriter:
 # ---- reading ----
 
 
-class TokenLoader:
-    """The tokens of one split of a directory of shards, step by step.
+@dataclass(frozen=True)
+class Stream:
+    """The shards of one split, as one stream of tokens."""
 
-    After the last whole sequence the stream begins again.
+    shards: list[Shard]
+    ends: list[int]  # of each shard in the stream, in tokens
+    manifest: Manifest | None
+    tokenizer: str  # tokenizer_spec of these tokens
+    n_vocab: int  # ids of that tokenizer
+    notes: list[str]  # assumptions made about the files, for the run to print
 
-    data_dir: the directory. split: "train" or "val". seq_len (T), total_batch_size: tokens.
-    batch_size (B): sequences. pin_memory: batches lie in page-locked memory, which a GPU copies
-    from while it computes. shuffle: None, or a seed by which each epoch has an order of its own.
-    Raises UserError if the directory has no such shards, a bad one, or too few tokens for one step,
-    or if a step can't be shared out evenly.
+    @property
+    def tokens(self) -> int:
+        return self.ends[-1] if self.ends else 0
 
-    tokenizer: what get_tokenizer takes for these tokens; n_vocab: its number of ids; notes: what a
-    run has to say of files that are taken for something.
-    """
-
-    def __init__(
-        self, data_dir, split, seq_len, batch_size, total_batch_size, rank=0, world_size=1, *,
-        pin_memory=False, shuffle=None,
-    ):  # fmt: skip
-        self.data_dir = data_dir
-        self.T = seq_len
-        self.rank = rank
-        self.world_size = world_size
-        self.pin_memory = pin_memory
-        self.shuffle = shuffle
-        self.step_tokens = total_batch_size
-        self.set_batch_size(batch_size)
-        self.sequences_per_step = total_batch_size // seq_len
-        self.manifest = read_manifest(data_dir)
-        self.tokenizer = find_tokenizer(data_dir, self.manifest) if self.manifest else "gpt2"
-        self.n_vocab = self.manifest.vocab_size if self.manifest else GPT2_TOKENS
-        self.paths = []
-        self.lengths = []
-        self.maps = []  # of each shard its memory map, or None where there are none
-        for path, tokens in find_shards(data_dir, split, self.manifest).items():
-            shard = open_shard(path, tokens)
-            if not len(shard):
-                continue
-            self.paths.append(path)
-            self.lengths.append(len(shard))
-            # the array below the map: each slice of a memmap is a new memmap, which takes longer
-            self.maps.append(np.asarray(shard) if isinstance(shard, np.memmap) else None)
-        self.notes = [
-            f"{path} has no header: it is taken for nanoGPT's, raw uint16 tokens of GPT-2"
-            for path in self.paths
-            if path.suffix == ".bin" and has_no_header(path, np.fromfile(path, "<i4", 1).tolist())
-        ]
-        self.load_shard = functools.lru_cache(maxsize=2)(open_shard)
-        self.ends = np.cumsum(self.lengths)
-        self.tokens = int(self.ends[-1])
-        self.sequences = (self.tokens - 1) // seq_len
-        # whole ones, before a sequence comes a second time
-        self.steps = self.sequences // self.sequences_per_step
-        if self.steps == 0:
-            raise UserError(
-                f"the {split} shards of {data_dir} have {self.tokens:,} tokens, one step needs "
-                f"{total_batch_size + 1:,} (--total_batch_size and one): take a smaller one, or"
-                " more data"
-            )
-        self.epoch = None  # whose order is kept
-        self.thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="tokens")
-        self.ahead = {}  # (step, micro_step) -> future of the batch that will be wanted next
-
-    def set_batch_size(self, batch_size: int) -> None:
-        """Share a step out in micro-batches of so many sequences. Raises UserError if it can't be
-        shared out evenly."""
-        self.B = batch_size
-        self.micro_steps = count_micro_steps(self.T, self.B, self.step_tokens, self.world_size)
+    def read(self, start: int, n: int) -> np.ndarray:
+        """Tokens start .. start+n-1, uint16 (n,). Raises UserError for a token that is not below
+        n_vocab, and as Shard.read."""
+        number = bisect.bisect_right(self.ends, start)  # the shard that has the first one
+        parts = []
+        while n:
+            shard = self.shards[number]
+            offset = start - (self.ends[number] - shard.tokens)
+            part = shard.read(offset, min(n, shard.tokens - offset))
+            if part.max() >= self.n_vocab:
+                wrong = int(np.argmax(part >= self.n_vocab))
+                raise UserError(
+                    f"{shard.path} has token {part[wrong]}, which is not below the vocabulary's "
+                    f"{self.n_vocab}, at place {offset + wrong:,}: the file is damaged, or was made"
+                    " with another tokenizer",
+                    alone=True,
+                )
+            parts.append(part)
+            start += len(part)
+            n -= len(part)
+            number += 1
+        return np.concatenate(parts)
 
     def identity(self) -> dict:
-        """What identifies the data, wherever the directory lies: a resumed run compares it with its
+        """What identifies the data, whatever its directory: a resumed run compares it with its
         checkpoint's."""
-        contents = [[path.name, n] for path, n in zip(self.paths, self.lengths, strict=True)]
+        contents = [[shard.path.name, shard.tokens] for shard in self.shards]
         origin = {"dataset": None, "name": None, "revision": None}
         tokenizer = self.tokenizer
         if self.manifest:
@@ -406,103 +380,25 @@ class TokenLoader:
         digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
         return origin | {"tokenizer": tokenizer, "tokens": self.tokens, "sha256": digest}
 
-    def batches(self, step: int):
-        """Yield the micro-batches of this rank at a step: (x, y), each (B, T) int64; y is x one
-        token ahead.
 
-        While the caller works on one, a thread reads the next. Raises UserError if a token is not
-        below the vocabulary.
-        """
-        for micro_step in range(self.micro_steps):
-            future = self.ahead.pop((step, micro_step), None) or self.thread.submit(
-                self.read_batch, step, micro_step
-            )
-            following = (step, micro_step + 1)
-            if micro_step + 1 == self.micro_steps:
-                following = (step + 1, 0)
-            self.ahead = {following: self.thread.submit(self.read_batch, *following)}
-            yield future.result()
-
-    def read_batch(self, step: int, micro_step: int):
-        """One micro-batch. In a step, rank 0 takes the first B sequences, rank 1 the next B, and so
-        on, in turn."""
-        import torch
-
-        first = step * self.sequences_per_step + (micro_step * self.world_size + self.rank) * self.B
-        epoch, place = divmod(first, self.sequences)
-        if self.shuffle is None and place + self.B <= self.sequences:  # they lie one after another
-            tokens = np.empty(self.B * self.T + 1, dtype=np.int64)
-            self.read(place * self.T, tokens)
-            x = tokens[:-1].reshape(self.B, self.T)
-            y = tokens[1:].reshape(self.B, self.T)
-        else:
-            tokens = np.empty((self.B, self.T + 1), dtype=np.int64)
-            for row in range(self.B):
-                epoch, place = divmod(first + row, self.sequences)
-                if self.shuffle is not None:
-                    place = int(self.order(epoch)[place])
-                self.read(place * self.T, tokens[row])
-            x = tokens[:, :-1].copy()
-            y = tokens[:, 1:].copy()
-        x = torch.from_numpy(x)  # (B, T)
-        y = torch.from_numpy(y)  # (B, T)
-        return (x.pin_memory(), y.pin_memory()) if self.pin_memory else (x, y)
-
-    def read(self, start: int, tokens: np.ndarray) -> None:
-        """Fill an array (n,) with the tokens of the stream from `start` on."""
-        shard = int(np.searchsorted(self.ends, start, side="right"))
-        filled = 0
-        while filled < len(tokens):  # once, or more often where they go on in the next shard
-            offset = start + filled - int(self.ends[shard] - self.lengths[shard])
-            part = self.shard(shard)[offset : offset + len(tokens) - filled]
-            if part.max() >= self.n_vocab:
-                self.refuse_token(shard, offset, part)
-            tokens[filled : filled + len(part)] = part
-            filled += len(part)
-            shard += 1
-
-    def shard(self, number: int) -> np.ndarray:
-        """The tokens of a shard; without memory maps the two last ones stay in memory."""
-        if self.maps[number] is not None:
-            return self.maps[number]
-        return self.load_shard(self.paths[number])
-
-    def refuse_token(self, shard: int, offset: int, part: np.ndarray):
-        at = int(np.argmax(part >= self.n_vocab))
-        raise UserError(
-            f"{self.paths[shard]} has token {part[at]}, which is not below the vocabulary's "
-            f"{self.n_vocab}, at place {offset + at:,}: the file is damaged, or made with another"
-            " tokenizer",
-            alone=True,
-        )
-
-    def order(self, epoch: int) -> np.ndarray:
-        """The sequences in the order of an epoch, (sequences,). RandomState's numbers are the same
-        in every version of numpy."""
-        if self.epoch != epoch:
-            words = [self.shuffle % 2**32, epoch]
-            if self.shuffle >= 2**32:
-                words.append(self.shuffle // 2**32)
-            order = np.random.RandomState(words).permutation(self.sequences)
-            self.epoch_order = order.astype(np.uint32)
-            self.epoch = epoch
-        return self.epoch_order
-
-
-def count_micro_steps(seq_len: int, batch_size: int, total_batch_size: int, world_size: int) -> int:
-    """Micro-batches of each rank in a step. Raises UserError with the nearest settings that fit if
-    they don't."""
-    per_micro_step = seq_len * batch_size * world_size
-    if total_batch_size % per_micro_step == 0:
-        return total_batch_size // per_micro_step
-    fits = [
-        B for B in range(1, batch_size + 1) if total_batch_size % (B * seq_len * world_size) == 0
-    ]
-    nearest = max(1, round(total_batch_size / per_micro_step)) * per_micro_step
-    fitting = f"--batch_size {fits[-1]}" if fits else f"--total_batch_size {nearest}"
-    raise UserError(
-        f"--total_batch_size {total_batch_size} is not a multiple of --batch_size {batch_size} x "
-        f"--seq_len {seq_len} x {world_size} ranks = {per_micro_step}\nHINT: {fitting} fits"
+def open_stream(data_dir, split: str) -> Stream:
+    """The shards of a split ("train" or "val"). Raises UserError if there are none, or a bad
+    one."""
+    manifest = read_manifest(data_dir)
+    found = find_shards(data_dir, split, manifest)
+    shards = [open_shard(path, tokens) for path, tokens in found.items()]
+    shards = [shard for shard in shards if shard.tokens]
+    return Stream(
+        shards,
+        ends=list(itertools.accumulate(shard.tokens for shard in shards)),
+        manifest=manifest,
+        tokenizer=find_tokenizer(data_dir, manifest) if manifest else "gpt2",
+        n_vocab=manifest.vocab_size if manifest else GPT2_TOKENS,
+        notes=[
+            f"{shard.path} has no header: assuming nanoGPT's format, raw uint16 tokens of GPT-2"
+            for shard in shards
+            if shard.path.suffix == ".bin" and shard.offset == 0
+        ],
     )
 
 

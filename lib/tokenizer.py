@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from lib.cli import UserError, first_line
+from lib.cli import UserError, one_line_error
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_TOKENS = 50257
@@ -80,7 +80,7 @@ def tokenizer_from_files(files: dict[str, str], place: str) -> "Tokenizer":
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{place} and its tokenizer_config.json are not a tokenizer in Hugging Face's format"
-            f" ({first_line(error)})"
+            f" ({one_line_error(error)})"
         ) from None
     return TiktokenTokenizer(known) if known else JsonTokenizer(files, settings, place)
 
@@ -96,7 +96,7 @@ def tokenizer_without_json(folder: Path) -> "Tokenizer":
             if is_gpt2(vocab, [line for line in merges if not line.startswith("#version")]):
                 return TiktokenTokenizer("gpt2")
     except (ValueError, TypeError) as error:
-        raise UserError(f"{folder / 'vocab.json'} is damaged: {first_line(error)}") from None
+        raise UserError(f"{folder / 'vocab.json'} is damaged: {one_line_error(error)}") from None
     there = f", only {', '.join(names)}: transformers makes one" if names else ""
     raise UserError(
         f"{folder} has no tokenizer.json{there}:\n"

@@ -1,5 +1,5 @@
 /* A file system that can't do one thing: loaded before libc (LD_PRELOAD).
-   FAULT_CALL   lock, symlink, flushdir (fsync of one), fsync, mmap or read, or several: mmap+read
+   FAULT_CALL   lock, symlink, flushdir (fsync of one), fsync or read
    FAULT_ERRNO  what the call fails with (read: it comes short instead)
    FAULT_PATH   only for paths that contain this
    FAULT_TIMES  only so often; without it always */
@@ -11,7 +11,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -54,15 +53,6 @@ int fsync(int fd) {
     struct stat s;
     const char *call = fstat(fd, &s) == 0 && S_ISDIR(s.st_mode) ? "flushdir" : "fsync";
     return fails(call, path_of(fd)) ? -1 : REAL(fsync)(fd);
-}
-
-void *mmap(void *at, size_t n, int protection, int flags, int fd, off_t offset) {
-    if (fd >= 0 && fails("mmap", path_of(fd))) return MAP_FAILED;
-    return REAL(mmap)(at, n, protection, flags, fd, offset);
-}
-void *mmap64(void *at, size_t n, int protection, int flags, int fd, off64_t offset) {
-    if (fd >= 0 && fails("mmap", path_of(fd))) return MAP_FAILED;
-    return REAL(mmap64)(at, n, protection, flags, fd, offset);
 }
 
 static size_t less(int fd, size_t n) { return n > 1 && fails("read", path_of(fd)) ? n / 2 : n; }

@@ -12,6 +12,7 @@ MAY_IMPORT = {
     "lib.files": {"lib.cli"},
     "lib.tokenizer": {"lib.cli"},
     "lib.shards": {"lib.cli", "lib.files", "lib.tokenizer"},
+    "lib.loader": {"lib.cli", "lib.shards"},
     "lib.ranks": {"lib.cli", "lib.device"},
     "lib.device": {"lib.cli", "lib.loss"},
     "lib.documents": {"lib.cli", "lib.files"},

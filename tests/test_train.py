@@ -19,12 +19,13 @@ from conftest import (
     values,
     weights,
     write_hellaswag,
+    write_shards,
 )
 
 import metrics
 import train
 from lib.checkpoint import load_checkpoint
-from lib.shards import count_micro_steps
+from lib.loader import TokenLoader
 from train import TrainConfig, due, get_lr
 
 
@@ -176,11 +177,13 @@ def test_demo_preset_is_a_run_of_the_script():
 
 
 @pytest.mark.parametrize("preset", [name for name in train.PRESETS if name != "demo"])
-def test_presets_share_out_their_step_on_one_and_eight_gpus(preset):
+def test_presets_share_out_their_step_on_one_and_eight_gpus(preset, tmp_path):
     config = train.parse(TrainConfig, ["--preset", preset], "", train.PRESETS)
     train.check_config(config)
+    write_shards(tmp_path, {"train": [config.total_batch_size + 1]})
     for ranks in (1, 8):
-        assert count_micro_steps(config.seq_len, 1, config.total_batch_size, ranks) % 64 == 0
+        step = (config.seq_len, config.total_batch_size)
+        assert TokenLoader(tmp_path, "train", *step, 0, ranks).micro_steps(1) % 64 == 0
 
 
 @pytest.mark.parametrize(
