@@ -13,11 +13,8 @@ information between tokens, the MLP computes on each token alone, and both add t
 residual stream of C channels.
 """
 
-import json
 import math
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -194,92 +191,11 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str) -> "GPT":
-        """A GPT-2 as Hugging Face stores it: a folder, a file of weights with its config.json
-        beside it, or a name (gpt2, gpt2-medium, ...) on the Hub.
+        """A GPT-2 that Hugging Face's libraries saved: a folder, or gpt2, gpt2-medium, gpt2-large,
+        gpt2-xl from the Hub. Raises as lib.pretrained.read_folder."""
+        from lib.pretrained import read_folder
 
-        Raises NotAGPT2 if it is another model than this file builds, OSError and huggingface_hub's
-        errors if it can't be read or fetched.
-        """
-        path = Path(name)
-        if path.exists():
-            folder = path if path.is_dir() else path.parent
-            if path.is_dir() or "-of-" in path.name:  # one of several files of weights
-                there = [file for file in WEIGHTS if (folder / file).exists()]
-                if not there:
-                    raise FileNotFoundError(f"there is none of {', '.join(WEIGHTS)}")
-                path = folder / there[0]
-            config_file = folder / "config.json"
-        else:
-            from huggingface_hub import hf_hub_download
-
-            config_file = Path(hf_hub_download(name, "config.json"))
-            path = Path(hf_hub_download(name, "model.safetensors"))
-        config = json.loads(config_file.read_text())
-        for key, values in SAME_MODEL.items():
-            value = config.get(key, values[0] if key != "model_type" else None)
-            if value not in values:
-                raise NotAGPT2(f"{key} is {value!r} where a GPT-2 has {values[0]!r}")
-        shape = {key: config[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
-        if config.get("n_inner") not in (None, 4 * shape["n_embd"]):
-            raise NotAGPT2(f"n_inner is {config['n_inner']} where a GPT-2 has 4 times n_embd")
-        model = cls(GPTConfig(block_size=config["n_positions"], **shape))
-        model.load_weights(read_weights(path), transposed=True)
-        return model
-
-    def load_weights(self, weights: dict[str, torch.Tensor], transposed: bool = False) -> None:
-        """Copy in weights of any precision, under any of their usual names: with or without
-        transformer., module., _orig_mod., masks and the tied lm_head.
-
-        transposed: the matrices of TRANSPOSED are stored as OpenAI did. Raises NotAGPT2 if one is
-        missing, left over, of another shape, or made of integers, or if lm_head is not tied.
-        """
-        own = dict(self.named_parameters())
-        head = own["transformer.wte.weight"]
-        seen = set()
-        for name, tensor in weights.items():
-            name = name.replace("_orig_mod.", "").replace("module.", "")
-            name = name.removeprefix("transformer.")
-            if name.endswith((".attn.bias", ".attn.masked_bias")):
-                continue
-            if name == "lm_head.weight":
-                head = tensor
-                continue
-            parameter = own.get(f"transformer.{name}")
-            tensor = tensor.T if transposed and name.endswith(TRANSPOSED) else tensor
-            if parameter is None or parameter.shape != tensor.shape:
-                shape = tuple(tensor.shape)
-                raise NotAGPT2(f"weight {name} of shape {shape} does not fit into {self.config}")
-            if not tensor.is_floating_point():
-                raise NotAGPT2(f"weight {name} is {tensor.dtype}: quantized weights are not read")
-            parameter.data.copy_(tensor)
-            seen.add(f"transformer.{name}")
-        if missing := own.keys() - seen:
-            first = ", ".join(sorted(missing)[:3])
-            raise NotAGPT2(f"weights are missing: {first} ({len(missing)} in all)")
-        if not torch.equal(head.float(), self.lm_head.weight):
-            raise NotAGPT2("lm_head.weight is not wte.weight: in a GPT-2 they are one table")
-
-
-class NotAGPT2(ValueError):
-    """A model from elsewhere computes something else than the GPT of this file."""
-
-
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The weights in a file of Hugging Face's: safetensors, torch's format, or an index that names
-    several such files. Nothing in a file is executed."""
-    from safetensors.torch import load_file
-
-    if path.suffix == ".json":
-        weights = {}
-        for name in sorted(set(json.loads(path.read_text())["weight_map"].values())):
-            weights |= read_weights(path.with_name(name))
-        return weights
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    # torch.load does not compare the checksums; older files have none
-    if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
-        raise ValueError(f"{path.name} is damaged: the checksum of {part} is wrong")
-    return torch.load(path, map_location="cpu", weights_only=True)
+        return read_folder(name)
 
 
 def cross_entropy(x, weight, targets):
@@ -313,30 +229,6 @@ class KVCache:
         self.v[:, :, start : self.length] = v
         return self.k[:, :, : self.length], self.v[:, :, : self.length]
 
-
-# OpenAI kept these weights as (inputs, outputs); nn.Linear wants (outputs, inputs).
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
-# Where Hugging Face's folders keep the weights; an index names several files.
-WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-
-# What config.json must say, the usual value first, for the model to be the one of this file. What
-# it leaves out is as usual, but for model_type. gelu_pytorch_tanh is gelu_new by another name.
-SAME_MODEL = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-    "quantization_config": (None,),
-}
 
 # Checkpoints hold their GPTConfig; torch.load opens plain data and what is named here, and nothing
 # else. Checkpoints of the original scripts pickled it as a class of __main__.

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from GPT_Modules import GPT, TRANSPOSED, GPTConfig
-from lib.checkpoint import Opened, open_model
-from lib.cli import UserError, command, one_line_error, parse
+from GPT_Modules import GPT
+from lib.cli import UserError, command, one_line_error, parse, print_notes
 from lib.files import sync
+from lib.log import read_log, read_run
+from lib.pretrained import LoadedModel, crop, open_model, read_folder, write_folder
 from lib.shards import FINEWEB_EDU, is_on_hub, public_name
 from lib.tokenizer import Tokenizer
-from metrics import read_log, read_run
 from sample import Sampling, printable, stream_text
 
 # Between logits of the same weights; cropping the vocabulary changes the order of some sums.
@@ -101,58 +101,6 @@ class ExportConfig:
     public: bool = False  # create the repository public (default: private)
 
 
-# ---- model files ----
-
-
-def config_files(config: GPTConfig, end_id: int) -> dict[str, str]:
-    """{file name: text} of config.json and generation_config.json. n_ctx is there for llama.cpp's
-    converter."""
-    ends = {"bos_token_id": end_id, "eos_token_id": end_id}
-    model = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_inner": None,
-        "layer_norm_epsilon": 1e-5,
-        "initializer_range": 0.02,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        **ends,
-        "tie_word_embeddings": True,
-        "use_cache": True,
-        "dtype": "float32",
-    }
-    return {
-        "config.json": json.dumps(model, indent=2) + "\n",
-        "generation_config.json": json.dumps(ends | {"pad_token_id": end_id}, indent=2) + "\n",
-    }
-
-
-def export_weights(model: GPT) -> dict[str, torch.Tensor]:
-    """The weights under Hugging Face's names, as OpenAI laid them out: (inputs, outputs); lm_head
-    is wte."""
-    return {
-        name: (parameter.T if name.endswith(TRANSPOSED) else parameter).detach().contiguous()
-        for name, parameter in model.named_parameters()
-    }
-
-
-def crop(model: GPT, n_vocab: int) -> GPT:
-    """The same model without the rows that pad its vocabulary."""
-    cropped = GPT(GPTConfig(**vars(model.config) | {"vocab_size": n_vocab}))
-    weights = dict(model.named_parameters())
-    table = weights["transformer.wte.weight"]
-    cropped.load_weights(weights | {"transformer.wte.weight": table[:n_vocab]})
-    return cropped.eval()
-
-
 # ---- the model card ----
 
 
@@ -183,16 +131,16 @@ def example(tokenizer: Tokenizer, block_size: int) -> tuple[str, int]:
     return json.dumps(tokenizer.prompt), min(50, room)
 
 
-def model_card(name: str, model: GPT, opened: Opened) -> str:
+def model_card(name: str, model: GPT, loaded: LoadedModel) -> str:
     """README.md of the folder, from what the checkpoint and its log say; what was not measured is
     left out. model: the one that is published."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    tokenizer = opened.tokenizer
-    step = opened.checkpoint.get("step")
-    data = opened.checkpoint.get("data", {})
-    train = opened.checkpoint.get("train_config", {})
-    log_dir = log_directory(opened)
+    tokenizer = loaded.tokenizer
+    step = loaded.checkpoint.get("step")
+    data = loaded.checkpoint.get("data", {})
+    train = loaded.checkpoint.get("train_config", {})
+    log_dir = log_directory(loaded)
     run = read_run(log_dir) if log_dir else None
     log = read_log(log_dir) if run else {}
     loss = last_measured(log.get("val", []), step)
@@ -248,42 +196,34 @@ def model_card(name: str, model: GPT, opened: Opened) -> str:
     return str(card)
 
 
-def log_directory(opened: Opened) -> Path | None:
+def log_directory(loaded: LoadedModel) -> Path | None:
     """Where the log of a model's run lies: beside its checkpoint. None for a model of elsewhere."""
-    return opened.path.resolve().parent if "train_config" in opened.checkpoint else None
+    return loaded.path.resolve().parent if "train_config" in loaded.checkpoint else None
 
 
 # ---- the folder ----
 
 
-def write_folder(config: ExportConfig, folder: Path) -> float:
+def write_export(config: ExportConfig, folder: Path) -> float:
     """Write every file into `folder`, read it back, and return the largest difference of logits;
     raises UserError if it is more than rounding."""
-    from safetensors.torch import save_file
-
-    opened = open_model(config.model, config.tokenizer)
-    tokenizer = opened.tokenizer
-    exported = crop(opened.model, tokenizer.n_vocab)
+    loaded = open_model(config.model, config.tokenizer)
+    print_notes(loaded.notes)
+    tokenizer = loaded.tokenizer
+    exported = crop(loaded.model, tokenizer.n_vocab)
     name = config.push_to_hub or Path(config.out).resolve().name
-    card = model_card(name, exported, opened)
-    files = tokenizer.files(exported.config.block_size)
-    texts = config_files(exported.config, tokenizer.eot_token) | {"README.md": card}
-    for file_name, text in texts.items():
-        files[file_name] = text.encode()
-    for file_name, content in files.items():
-        (folder / file_name).write_bytes(content)
-    log_dir = log_directory(opened)
+    card = model_card(name, exported, loaded)
+    write_folder(exported, tokenizer, folder)
+    (folder / "README.md").write_bytes(card.encode())
+    log_dir = log_directory(loaded)
     if log_dir and (log_dir / "curve.png").exists():
         shutil.copyfile(log_dir / "curve.png", folder / "curve.png")
-    weights = folder / "model.safetensors"
-    save_file(export_weights(exported), weights, metadata={"format": "pt"})
-    shutil.copymode(folder / "config.json", weights)  # safetensors writes it with mode 600
 
     tokens = tokenizer.encode(card)[: exported.config.block_size]
     idx = torch.tensor([tokens])  # (1, T)
     with torch.no_grad():
-        before = opened.model(idx)[0][..., : tokenizer.n_vocab]  # (1, T, V)
-        after = GPT.from_pretrained(str(folder))(idx)[0]
+        before = loaded.model(idx)[0][..., : tokenizer.n_vocab]  # (1, T, V)
+        after = read_folder(str(folder))(idx)[0]
     difference = (before - after).abs().max().item()
     if not difference <= TOLERANCE:
         raise UserError(
@@ -322,7 +262,7 @@ def export(config: ExportConfig) -> None:
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        difference = write_folder(config, temporary)
+        difference = write_export(config, temporary)
         for path in (*temporary.iterdir(), temporary):
             sync(path)
         if out.exists():

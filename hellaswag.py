@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from GPT_Modules import GPT
-from lib.checkpoint import load_model
-from lib.cli import PositiveInt, UserError, command, one_line_error, parse
+from lib.cli import PositiveInt, UserError, command, one_line_error, parse, print_notes
 from lib.device import changing_shapes, choose_device
+from lib.pretrained import open_model
 from lib.tokenizer import Tokenizer
 
 VALIDATION_EXAMPLES = 10_042
@@ -266,12 +266,12 @@ def count_right(questions: Questions, losses: np.ndarray) -> tuple[int, int]:
     return int(right.sum()), int(right_norm.sum())
 
 
-def share_out(
+def questions_of_rank(
     examples: list[dict], tokenizer: Tokenizer, block_size: int, ranks, most_tokens: int
 ) -> Questions:
     """This rank's share of the examples, ready to be scored in training.
 
-    most_tokens: in a batch, where memory is short.
+    most_tokens: upper limit for the tokens in a batch.
     """
     mine = examples[ranks.rank :: ranks.world_size]
     batch_tokens = min(most_tokens, tokens_in_a_batch(ranks.device))
@@ -281,8 +281,7 @@ def share_out(
 def score(model: GPT, questions: Questions, n: int, ranks, autocast) -> float:
     """acc_norm over the n examples of all ranks, of which `questions` are this rank's share.
 
-    On a CPU always in float32. Once a signal asks the run to stop, the rest is left out, and the
-    result means nothing.
+    On a CPU always in float32. Raises Stopped.
     """
     with autocast if ranks.device.type != "cpu" else contextlib.nullcontext():
         losses = ending_losses(model, questions, ranks.until_stopped(questions.batches))
@@ -299,7 +298,10 @@ def tokens_in_a_batch(device: torch.device) -> int:
 def main(argv=None) -> int:
     config = parse(HellaSwagConfig, argv, __doc__)
     device = choose_device(config.device)
-    model, tokenizer = load_model(config.model, device, config.tokenizer)
+    loaded = open_model(config.model, config.tokenizer)
+    print_notes(loaded.notes)
+    model = loaded.model.to(device)
+    tokenizer = loaded.tokenizer
     examples = load_examples(config.data, config.style)[: config.limit]
     block_size = model.config.block_size
     questions = prepare(examples, tokenizer, config.style, block_size, tokens_in_a_batch(device))

@@ -25,9 +25,9 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH
 import numpy as np
 
 from GPT_Modules import GPT
-from lib.checkpoint import load_model
 from lib.cli import UserError, command, count, parse
 from lib.files import whole_file
+from lib.pretrained import load_model
 from lib.tokenizer import Tokenizer
 
 

@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 
 from GPT_Modules import GPT
-from lib.checkpoint import load_model
-from lib.cli import PositiveInt, UserError, command, parse
+from lib.cli import PositiveInt, UserError, command, parse, print_notes
 from lib.device import changing_shapes, choose_device
+from lib.pretrained import open_model
 from lib.tokenizer import Tokenizer
 
 
@@ -109,7 +109,10 @@ def main(argv=None) -> int:
     config = parse(SampleConfig, argv, __doc__, positional="prompt")
     prompt = read_prompt(config)
     device = choose_device(config.device)
-    model, tokenizer = load_model(config.model, device, config.tokenizer)
+    loaded = open_model(config.model, config.tokenizer)
+    print_notes(loaded.notes)
+    model = loaded.model.to(device)
+    tokenizer = loaded.tokenizer
     for number in range(config.num_samples):
         if config.num_samples > 1:
             print(f"--- sample {number + 1} of {config.num_samples}")

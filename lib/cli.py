@@ -92,6 +92,12 @@ def exit_process(exit_code: int) -> typing.NoReturn:
     os._exit(exit_code)
 
 
+def print_notes(notes: list[str]) -> None:
+    """Print what a library function has assumed, on stderr."""
+    for note in notes:
+        print(note, file=sys.stderr)
+
+
 def discard_output() -> None:
     """Send standard output to /dev/null from now on: its reader is gone (`| head`, a closed
     terminal)."""

@@ -3,22 +3,28 @@
 import contextlib
 import ctypes
 import functools
+import math
 import platform
 import resource
 import sys
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from GPT_Modules import GPTConfig
 from lib.cli import UserError
 from lib.loss import rows_of_a_slice
 
-# share of the free memory that a step may take: torch's allocator can't use every gap between
-# tensors, and kernels and NCCL need some themselves
+# Share of the free memory that a step may take: torch's allocator can't use every gap between
+# tensors, and kernels and NCCL need some themselves.
 USABLE = 0.92
+
+# Fitted to what torch's allocator counts for GPT-2's four sizes at batch sizes 1 to 64:
+BLOCK_BYTES = {"half": 37, "single": 65}  # that a block keeps, per token and channel
+RECOMPUTED_BLOCK = 1.4  # peak of a block that is computed again, in what it keeps otherwise
+ROUNDING = 1.03  # the allocator rounds sizes up
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -27,15 +33,15 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     local_rank: this process's number on its machine, which is also its GPU's. Raises UserError if
     there is no such device.
     """
-    there = {
+    available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    kind = next(kind for kind in there if there[kind]) if name == "auto" else name
-    if not there[kind]:
+    kind = next(kind for kind in available if available[kind]) if name == "auto" else name
+    if not available[kind]:
         raise UserError(
-            f"--device {name}: this machine has none that torch can use; auto takes what there is"
+            f"--device {name} is not available on this machine; --device auto picks one that is"
         )
     if kind != "cuda":
         return torch.device(kind)
@@ -74,7 +80,7 @@ def prepare_device(device: torch.device) -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed, so that a step reuses the memory of the one before.
 
-    Otherwise the kernel hands it out anew, page fault by page fault.
+    Otherwise the kernel hands it out again, page fault by page fault.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -97,7 +103,7 @@ def peak_memory(device: torch.device) -> float:
 def changing_shapes():
     """A context for attention whose shapes change from call to call.
 
-    Without cuDNN's kernels, torch's choice on Hopper, which plan each new shape anew.
+    Without cuDNN's kernels, torch's choice on Hopper, which plan again for each new shape.
     """
     return sdpa_kernel(
         [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -115,11 +121,14 @@ def recompute_blocks(model: torch.nn.Module) -> None:
         )
 
 
+# ---- memory ----
+
+
 @dataclass(frozen=True)
 class StepShape:
     """What the memory of a training step depends on, beside its batch size."""
 
-    model: Any  # its GPTConfig
+    model: GPTConfig
     seq_len: int
     half: bool  # computed in bfloat16 or float16, not in float32
     compiled: bool
@@ -129,8 +138,8 @@ class StepShape:
 def step_memory(shape: StepShape, batch_size: int) -> float:
     """Bytes of a GPU that a training step takes at its peak, in the middle of the backward pass.
 
-    Fitted to what torch's allocator counts for GPT-2's four sizes: never less, at most 10% more
-    (tests/test_device.py has the counts).
+    A sum of what is allocated, but for the three constants above. tests/test_device.py compares
+    it with the counts of torch's allocator: never less, at most 10% more.
     """
     L = shape.model.n_layer
     C = shape.model.n_embd
@@ -150,36 +159,43 @@ def step_memory(shape: StepShape, batch_size: int) -> float:
         # the last slice's are still there, and in half precision there are float32 ones as well
         logits = number * V * min(n, 2 * rows)
         logits += 4 * V * min(n, rows) if shape.half else 0
-    head = logits + 12 * C * n
-    a_block = (37 if shape.half else 65) * C * n  # what a block keeps for its backward pass
+    head = logits + 12 * C * n  # with the loss's input and its gradient, in float32 and as they are
+    block = BLOCK_BYTES["half" if shape.half else "single"] * C * n
     if shape.recompute:  # only the inputs of the blocks; one of them at a time is computed again
-        kept = 4 * C * n * L + max(head, 1.4 * a_block)
+        kept = 4 * C * n * L + max(head, RECOMPUTED_BLOCK * block)
     else:
-        kept = a_block * L + head
-    return 1.03 * (state + copies + table) + kept  # the allocator rounds sizes up
-
-
-def fitting_batch_size(shape: StepShape, share: int, free: float) -> int:
-    """The largest batch size whose step fits into `free` bytes; 0: not even one sequence does.
-
-    A power of two up to 64 that divides `share`, the sequences of a process in a step.
-    """
-    sizes = [2**i for i in range(7) if share % 2**i == 0]
-    return max((B for B in sizes if step_memory(shape, B) <= USABLE * free), default=0)
+        kept = block * L + head
+    return ROUNDING * (state + copies + table) + kept
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes of a GPU that no process has taken."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free
+    """Bytes of a GPU that no process has taken. On other devices, which share the machine's memory,
+    infinitely many."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+
+
+def largest_batch_size(shape: StepShape, share: int, free: float) -> int:
+    """The largest batch size whose step fits into `free` bytes: a power of two that divides
+    `share`, the sequences of a process in a step. It changes memory and speed, never the result.
+
+    Raises UserError if not even one sequence fits.
+    """
+    most = 64 if math.isfinite(free) else 8  # on a CPU larger ones would hardly be faster
+    sizes = [2**i for i in range(7) if share % 2**i == 0 and 2**i <= most]
+    fitting = [B for B in sizes if step_memory(shape, B) <= USABLE * free]
+    if not fitting:
+        raise UserError(
+            f"a step with one sequence of {shape.seq_len:,} tokens takes "
+            f"{step_memory(shape, 1) / 1e9:.1f} GB, and the GPU has {free / 1e9:.1f} GB free.\n"
+            f"HINT: {'' if shape.recompute else '--recompute, or '}a smaller model (--n_layer, "
+            "--n_embd); --batch_size 1 tries it all the same"
+        )
+    return max(fitting)
 
 
 @contextlib.contextmanager
 def explain_out_of_memory(batch_size: int, recompute: bool):
-    """Turn a GPU's or a CPU's lack of memory into a UserError that says what needs less.
-
-    batch_size: of the batches that are too large.
-    """
+    """Turn a GPU's or a CPU's lack of memory into a UserError that says what needs less."""
     try:
         yield
     except RuntimeError as error:

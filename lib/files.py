@@ -18,7 +18,7 @@ from pathlib import Path
 from lib.cli import UserError
 
 # what a call fails with that the file system does not support
-CANNOT = {
+UNSUPPORTED_ERRORS = {
     errno.ENOLCK,
     errno.ENOSYS,
     errno.EOPNOTSUPP,
@@ -32,7 +32,7 @@ CANNOT = {
 
 
 @functools.cache
-def warn_of_lack(what: str, consequence: str) -> None:
+def warn_once(what: str, consequence: str) -> None:
     """Warn, once in a process, of something that this file system does not have."""
     logging.getLogger("GPT124M").warning(
         "WARNING: this file system has no %s: %s", what, consequence
@@ -40,14 +40,14 @@ def warn_of_lack(what: str, consequence: str) -> None:
 
 
 @contextlib.contextmanager
-def if_possible(what: str, consequence: str):
+def warn_if_unsupported(what: str, consequence: str):
     """Turn an error that says the file system can't do something into a warning."""
     try:
         yield
     except OSError as error:
-        if error.errno not in CANNOT:
+        if error.errno not in UNSUPPORTED_ERRORS:
             raise
-        warn_of_lack(what, consequence)
+        warn_once(what, consequence)
 
 
 @contextlib.contextmanager
@@ -80,7 +80,7 @@ def replace(temporary: Path, path: Path) -> None:
 
 def sync(path) -> None:
     """Flush a file, or the names in a directory, to the disk."""
-    with if_possible(
+    with warn_if_unsupported(
         "flushing of directories", "after a power cut the newest files may be missing"
     ):
         descriptor = os.open(path, os.O_RDONLY)
@@ -107,7 +107,8 @@ def only_writer(directory, *names: str):
         raise UserError(f"cannot write to {directory}: {error.strerror}") from None
     with file:
         try:
-            with if_possible("locks", f"two jobs that write to {directory} would not be noticed"):
+            consequence = f"two jobs that write to {directory} would not be noticed"
+            with warn_if_unsupported("locks", consequence):
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)

@@ -4,6 +4,7 @@ torchrun starts one process per GPU and tells each its rank. Without torchrun th
 its world_size is 1, and everything here stays inside it.
 """
 
+import contextlib
 import datetime
 import errno
 import os
@@ -19,39 +20,46 @@ from lib.device import choose_device, device_name
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
-class Ranks:
-    """The processes of a run, seen from one of them.
+class Stopped(Exception):
+    """A signal asks the run to stop. It is raised on every rank, at the same place."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal.Signals(signal_number).name)
+        self.signal_number = signal_number
+
+
+class Ranks(contextlib.ExitStack):
+    """The processes of a run, seen from one of them. Contexts that are entered here (a lock) are
+    left when the run ends.
 
     rank: this process's number among world_size. main: is it the one that prints and writes?
     device: what it computes on. signals: those that ask this process to stop.
     """
 
     def __init__(self, device: str):
+        super().__init__()
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
         self.device = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
         self.signals = Signals()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.signals.forget()
-        # gloo is left to lib.cli.leave: its destructor waits for threads that may wait for Python
-        if self.device.type == "cuda" and dist.is_initialized() and not any(error):
-            dist.destroy_process_group()
+        self.callback(self.signals.restore)
 
     def connect(self, timeout: int) -> None:
         """Start the process group; timeout: seconds that ranks wait for each other.
 
-        Input errors come before this: no rank waits here for one that has left.
+        Input errors come before this: no rank waits here for one that has exited.
         """
-        if self.world_size > 1:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        if self.world_size == 1:
+            return
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        if backend == "nccl":
+            self.push(disconnect)
+        # gloo's group is left to lib.cli.exit_process: its destructor waits for threads that may
+        # wait for Python
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print, on the main rank only.
 
         Output that can't be written is no reason to stop: log.txt has the numbers. A closed
@@ -72,45 +80,46 @@ class Ranks:
         return tensor
 
     def max(self, number: float) -> torch.Tensor:
-        """The largest of the ranks' numbers, as a tensor on the device, whose reading waits for
-        the GPU."""
+        """The maximum over all ranks, as a device tensor; reading its value waits for the GPU."""
         tensor = torch.full((), float(number), device=self.device)
         if self.world_size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
     def min(self, number: float) -> float:
-        """The smallest of the ranks' numbers, within a millionth."""
+        """The minimum over all ranks, exact to one part in a million (it travels as float32)."""
         return number if self.world_size == 1 else -self.max(-number).item()
 
-    def stopping(self) -> torch.Tensor:
-        """The signal that asks any rank to stop, as a tensor on the device; 0: none.
+    def stop_signal(self) -> torch.Tensor:
+        """The signal that asks any rank to stop, as a device tensor; 0: none. Once there is one, it
+        stays."""
+        return self.max(self.signals.received())
 
-        Once it is there, it stays.
-        """
-        return self.max(self.signals.pending())
+    def check_signals(self) -> None:
+        """Raise Stopped, on every rank, once any of them has received a signal."""
+        if number := int(self.stop_signal()):
+            raise Stopped(number)
 
     def until_stopped(self, items: list):
-        """Yield this rank's items until a signal asks any rank to stop.
+        """Yield this rank's items; raise Stopped, on every rank, once any has received a signal.
 
         Every rank asks equally often, even with fewer items than others: otherwise the others
-        would wait for its answer for ever.
+        would wait for its answer forever.
         """
         for number in range(int(self.max(len(items)))):
-            if self.stopping():
-                return
+            self.check_signals()
             if number < len(items):
                 yield items[number]
 
-    def on_main(self, action: Callable[[], None]) -> None:
-        """Run action() on the main rank while the others wait for its end.
+    def on_main(self, function: Callable[..., None], *arguments) -> None:
+        """Call function(*arguments) on the main rank, while the others wait for its end.
 
-        What it raises of OSError and UserError is raised on every rank, so that all decide alike.
+        An OSError or UserError of it is raised on every rank, so that all decide alike.
         """
         outcome = [None]
         if self.main:
             try:
-                action()
+                function(*arguments)
             except (OSError, UserError) as error:
                 outcome = [error]
         if self.world_size > 1:
@@ -132,7 +141,7 @@ class Ranks:
         steps = [int(theirs[0]) for theirs in everyone]
         if len(set(steps)) > 1:
             raise UserError(
-                f"the ranks would go on after different steps, {steps}: nothing is written.\n"
+                f"the ranks would start from different steps, {steps}: nothing is written.\n"
                 "HINT: every machine must see the same --log_dir; "
                 "if one sees its newest files late, try again",
                 code=1,
@@ -142,7 +151,7 @@ class Ranks:
             raise UserError(
                 f"at step {step} the weights of ranks {different} differ from rank 0's: "
                 "nothing is saved.\nHINT: a GPU or its memory may be failing; "
-                "the same command goes on from the last checkpoint",
+                "the same command resumes from the last checkpoint",
                 code=1,
             )
 
@@ -154,36 +163,40 @@ class Ranks:
         return f"{self.world_size} x {device_name(self.device)}{threads}"
 
 
-class Signals:
-    """Turns the signals that would end the process into a note.
+def disconnect(error_type, error, traceback) -> None:
+    """End the process group, unless an error ends the run: the other ranks may not take part."""
+    if error is None:
+        dist.destroy_process_group()
 
-    So the step can be finished and saved first.
-    """
+
+class Signals:
+    """Records stop signals instead of dying from them, so that the step can be finished and
+    saved."""
 
     def __init__(self):
-        self.received = 0
+        self.number = 0  # the last one received
         self.handlers = {}
         self.parent = os.getppid()
 
     def listen(self) -> None:
-        """Note STOP_SIGNALS from now on, but for a hangup that nohup ignores already."""
+        """Record STOP_SIGNALS from now on, but for a hangup that nohup ignores already."""
         for number in STOP_SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue
-            self.handlers[number] = signal.signal(number, self.note)
+            self.handlers[number] = signal.signal(number, self.handle)
 
-    def note(self, number, frame) -> None:
-        self.received = number
+    def handle(self, number, frame) -> None:
+        self.number = number
 
-    def pending(self) -> int:
+    def received(self) -> int:
         """The signal that asks this process to stop; 0: none.
 
         A torchrun that was killed can't send one any more: to lose it counts as SIGTERM.
         """
         orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
-        return signal.SIGTERM if orphaned else self.received
+        return signal.SIGTERM if orphaned else self.number
 
-    def forget(self) -> None:
-        """Give the signals back to who had them before."""
+    def restore(self) -> None:
+        """Give the signals back to their previous handlers."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)

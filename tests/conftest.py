@@ -224,9 +224,9 @@ def assert_uninterrupted(log_dir, reference):
 
 
 def values(log_dir, stream) -> list[float]:
-    import metrics
+    from lib.log import read_log
 
-    return [value for _, value in metrics.read_log(log_dir)[stream]]
+    return [value for _, value in read_log(log_dir)[stream]]
 
 
 def wait_for(condition, seconds=60):

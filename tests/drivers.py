@@ -12,11 +12,12 @@ import time
 
 import torch
 
+import lib.start
 import train
 
 rank = int(os.environ.get("RANK", 0))
 last_rank = int(os.environ.get("WORLD_SIZE", 1)) - 1
-runs = []  # the Run, once it is set up
+models = []  # the raw_model, once there is a state to start from
 steps = [-1]  # the step that is under way, last
 
 
@@ -32,16 +33,16 @@ def before_each_step(action):
     train.get_lr = wrapped
 
 
-def once_set_up(action):
-    """Call action(run) before the first step."""
-    train_run = train.train
+def keep_model():
+    """Put the model that the run starts from into `models`."""
+    find_start = train.find_start
 
-    def wrapped(run, first_step):
-        runs.append(run)
-        action(run)
-        return train_run(run, first_step)
+    def wrapped(*words):
+        start = find_start(*words)
+        models.append(start.model)
+        return start
 
-    train.train = wrapped
+    train.find_start = wrapped
 
 
 def around_save(action):
@@ -64,9 +65,9 @@ def change_a_weight(argument, by):
     def change(step):
         if step == int(argument) and rank == last_rank:
             with torch.no_grad():
-                runs[0].raw_model.transformer.ln_f.bias[0] += by
+                models[0].transformer.ln_f.bias[0] += by
 
-    once_set_up(lambda run: None)
+    keep_model()
     before_each_step(change)
 
 
@@ -78,20 +79,17 @@ def inf_weight(argument):
     change_a_weight(argument, float("inf"))
 
 
-def poison_loss(argument, value, for_ever=False):
-    def poison(run):
-        loss_of = run.raw_model.loss
+def poison_loss(argument, value, forever=False):
+    loss_of = train.linear_cross_entropy
 
-        def poisoned(x, weight, targets):
-            loss = loss_of(x, weight, targets)
-            now = steps[-1] == int(argument) or (for_ever and steps[-1] >= int(argument))
-            if loss.requires_grad and rank == last_rank and now:
-                loss = loss * value
-            return loss
+    def poisoned(x, weight, targets):
+        loss = loss_of(x, weight, targets)
+        now = steps[-1] == int(argument) or (forever and steps[-1] >= int(argument))
+        if loss.requires_grad and rank == last_rank and now:
+            loss = loss * value
+        return loss
 
-        run.raw_model.loss = poisoned
-
-    once_set_up(poison)
+    train.linear_cross_entropy = poisoned
     before_each_step(lambda step: None)
 
 
@@ -103,21 +101,21 @@ def inf_loss(argument):
     poison_loss(argument, float("inf"))
 
 
-def nan_for_ever(argument):
-    poison_loss(argument, float("nan"), for_ever=True)
+def nan_forever(argument):
+    poison_loss(argument, float("nan"), forever=True)
 
 
 def nan_gradient(argument):
     """One NaN in one gradient of one rank, before it is exchanged."""
 
-    def poison(run):
-        if rank == last_rank:
-            run.raw_model.transformer.ln_f.bias.register_hook(
+    def poison(step):
+        if rank == last_rank and not steps[:-2]:  # once, before the first step
+            models[0].transformer.ln_f.bias.register_hook(
                 lambda grad: grad * float("nan") if steps[-1] == int(argument) else grad
             )
 
-    once_set_up(poison)
-    before_each_step(lambda step: None)
+    keep_model()
+    before_each_step(poison)
 
 
 def full_disk(argument):
@@ -139,11 +137,14 @@ def full_disk(argument):
 def full_log(argument):
     """From a step on the log's disk is full."""
 
+    logs = []
+    Log = train.Log
+    train.Log = lambda *words: logs.append(Log(*words)) or logs[0]
+
     def fill(step):
         if step == int(argument):
-            runs[0].log.file = open("/dev/full", "a")
+            logs[0].file = open("/dev/full", "a")
 
-    once_set_up(lambda run: None)
     before_each_step(fill)
 
 
@@ -172,7 +173,7 @@ def killed_after_save(argument):
 def sees_no_checkpoint(argument):
     """The last rank sees an empty log directory. ARGUMENT has no meaning."""
     if rank == last_rank:
-        train.newest_checkpoint = lambda log_dir: None
+        lib.start.newest_checkpoint = lambda log_dir: None
 
 
 def high_scale(argument):
@@ -204,13 +205,13 @@ def gradients(argument):
 
     def keep(parameters, *rest):
         if steps[-1] == 0:
-            named = runs[0].raw_model.named_parameters()
+            named = models[0].named_parameters()
             kept["gradients"] = {name: parameter.grad.clone() for name, parameter in named}
         return clip(parameters, *rest)
 
     train.DistributedDataParallel = Counting
     torch.nn.utils.clip_grad_norm_ = keep
-    once_set_up(lambda run: None)
+    keep_model()
     before_each_step(lambda step: None)
     return lambda: torch.save(kept, argument) if rank == 0 else None
 
@@ -218,7 +219,7 @@ def gradients(argument):
 FAULTS = {
     fault.__name__: fault
     for fault in (
-        stop_after, drift, inf_weight, nan_loss, inf_loss, nan_for_ever, nan_gradient, full_disk,
+        stop_after, drift, inf_weight, nan_loss, inf_loss, nan_forever, nan_gradient, full_disk,
         full_log,
         slow_save, killed_after_save, sees_no_checkpoint, high_scale, gradients,
     )

@@ -10,7 +10,8 @@ import torch
 from conftest import ROOT
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from GPT_Modules import GPT, TRANSPOSED, GPTConfig, KVCache
+from GPT_Modules import GPT, GPTConfig, KVCache
+from lib.pretrained import TRANSPOSED, load_weights
 
 SMALL = GPTConfig(block_size=32, vocab_size=101, n_layer=3, n_head=4, n_embd=48)
 
@@ -38,7 +39,7 @@ def huggingface_twin(config: GPTConfig) -> GPT2LMHeadModel:
 def pair(request):
     config = SMALL if request.param == "small" else GPTConfig()
     twin, model = huggingface_twin(config), GPT(config)
-    model.load_weights(twin.state_dict(), transposed=True)
+    load_weights(model, twin.state_dict(), transposed=True)
     return model, twin
 
 
@@ -56,7 +57,7 @@ def test_logits_and_loss_are_transformers(pair):
 
 def test_gradients_are_transformers():
     twin, model = huggingface_twin(SMALL), GPT(SMALL)
-    model.load_weights(twin.state_dict(), transposed=True)
+    load_weights(model, twin.state_dict(), transposed=True)
     idx = torch.randint(101, (2, 32))
     model(idx[:, :-1], idx[:, 1:])[1].backward()
     twin(idx, labels=idx).loss.backward()

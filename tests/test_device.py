@@ -1,5 +1,6 @@
 """What computes: the device, its precision, what fits into its memory, recomputing."""
 
+import math
 import platform
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from lib.device import (
     StepShape,
     choose_device,
     choose_precision,
-    fitting_batch_size,
+    largest_batch_size,
     recompute_blocks,
     step_memory,
 )
@@ -35,7 +36,9 @@ def test_auto_takes_what_there_is(monkeypatch):
 
 def test_a_device_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="--device cuda: this machine has none"):
+    with pytest.raises(
+        UserError, match="--device cuda is not available on this machine; --device auto picks"
+    ):
         choose_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -190,11 +193,26 @@ def test_the_largest_batch_that_fits_is_taken():
     shape = shape_of("gpt2 bfloat16 compiled")
     for batch_size in (1, 2, 4, 8, 16, 32, 64):
         just = step_memory(shape, batch_size) / USABLE
-        assert fitting_batch_size(shape, 512, just * 1.001) == batch_size
-        assert fitting_batch_size(shape, 512, just * 0.999) == batch_size // 2
-    assert fitting_batch_size(shape, 512, 1e12) == 64
-    assert fitting_batch_size(shape, 24, 1e12) == 8  # the largest that divides the share
-    assert fitting_batch_size(shape, 3, 1e12) == 1
+        assert largest_batch_size(shape, 512, just * 1.001) == batch_size
+        if batch_size > 1:
+            assert largest_batch_size(shape, 512, just * 0.999) == batch_size // 2
+    assert largest_batch_size(shape, 512, 1e12) == 64
+    assert largest_batch_size(shape, 24, 1e12) == 8  # the largest that divides the share
+    assert largest_batch_size(shape, 3, 1e12) == 1
+    assert [largest_batch_size(shape, share, math.inf) for share in (64, 12, 3)] == [8, 4, 1]
+
+
+def test_where_not_one_sequence_fits():
+    """--recompute is proposed where it is not on yet."""
+    for words, hint in (
+        ("gpt2-large bfloat16 compiled", "HINT: --recompute, or a smaller model"),
+        ("gpt2-large bfloat16 compiled recompute", "HINT: a smaller model"),
+    ):
+        said = (
+            r"one sequence of 1,024 tokens takes 1\d\.\d GB, and the GPU has 8.0 GB free.\n" + hint
+        )
+        with pytest.raises(UserError, match=said):
+            largest_batch_size(shape_of(words), 512, 8e9)
 
 
 # ---- recomputed activations

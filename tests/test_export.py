@@ -16,13 +16,15 @@ import torch
 from conftest import ROOT, flags, script, write_shards
 from hub import Hub
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import export
-import metrics
 import sample
 import train
 from GPT_Modules import GPT, GPTConfig
-from lib.checkpoint import load_checkpoint, load_model
+from lib.checkpoint import load_checkpoint
+from lib.log import read_log
+from lib.pretrained import crop, load_model, write_folder
 from lib.tokenizer import get_tokenizer
 
 FILES = {
@@ -89,8 +91,9 @@ def test_the_tokenizer_json_is_tokenizers_own(gpt2_folder, tmp_path):
 
 
 def test_124m_has_its_148_tensors(tmp_path):
-    model = export.crop(GPT(GPTConfig(vocab_size=50304)), 50257)
-    weights = export.export_weights(model)
+    model = crop(GPT(GPTConfig(vocab_size=50304)), 50257)
+    write_folder(model, get_tokenizer("gpt2"), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
     assert len(weights) == 148 and sum(tensor.numel() for tensor in weights.values()) == 124_439_808
 
 
@@ -227,10 +230,11 @@ def test_a_folder_without_a_name_is_refused(trained, tmp_path, capsys, monkeypat
 
 
 def test_a_model_that_comes_out_different_is_not_kept(trained, tmp_path, capsys, monkeypatch):
-    write = export.export_weights
-    monkeypatch.setattr(
-        export, "export_weights", lambda model: {n: t * 1.01 for n, t in write(model).items()}
-    )
+    def write_another(model, tokenizer, folder):
+        model.transformer.ln_f.weight.data *= 1.01
+        write_folder(model, tokenizer, folder)
+
+    monkeypatch.setattr(export, "write_folder", write_another)
     words = ["--model", str(trained / "model_checkpoint.pt"), "--out", str(tmp_path / "out")]
     assert export.main(words) == 1
     assert "its logits differ by" in capsys.readouterr().err and not list(tmp_path.iterdir())
@@ -319,7 +323,7 @@ def test_the_card_of_an_older_checkpoint_does_not_know_the_future(data_dir, tmp_
 def test_the_card_dates_a_loss_that_is_older_than_its_weights(data_dir, tmp_path):
     words = flags(data_dir=data_dir, log_dir=tmp_path / "log", val_every=4, save_every=3)
     assert train.main(words) == 0
-    losses = dict(metrics.read_log(tmp_path / "log")["val"])
+    losses = dict(read_log(tmp_path / "log")["val"])
     for step, at, when in ((3, 0, ", at step 0 |"), (6, 4, ", at step 4 |"), (8, 8, " |")):
         if not (model := tmp_path / "log" / f"model_{step:05d}.pt").exists():
             continue

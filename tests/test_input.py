@@ -45,7 +45,7 @@ BAD = {
         ["--val_tokens=64"], "--val_tokens 64 is less than one step.*it must be at least as many"
     ),
     "interval": (["--save_every=-5"], "--save_every is -5"),
-    "device": (["--device=cuda"], "--device cuda: this machine has none"),
+    "device": (["--device=cuda"], "--device cuda is not available on this machine"),
     "seed": (["--seed=99999999999999999999"], "--seed is 99999999999999999999: it must be below"),
     "memory": (
         ["--vocab_size=9999999999999"],
@@ -112,7 +112,7 @@ def test_what_is_worth_knowing_is_said_before_the_first_step(tmp_path, capsys):
     )
     assert train.main(words) == 0
     printed = capsys.readouterr().out
-    assert "data is not complete: a run can't go on after its data has grown" in printed
+    assert "data is not complete: a run can't be resumed once its data has grown" in printed
     assert "WARNING: --warmup_steps 2 > --max_steps 1: no step has --max_lr" in printed
     assert (
         "validation uses 512 tokens: the whole steps in --val_tokens 5,000 and in the 600 of"
@@ -136,14 +136,14 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
-def test_continuing_with_other_settings_names_the_difference(name, data_dir, trained, capsys):
+def test_resuming_with_other_settings_names_the_difference(name, data_dir, trained, capsys):
     word, message = DIFFERENT[name]
     assert train.main([*flags(data_dir=data_dir, log_dir=trained), f"--{word}"]) == 2
     printed = capsys.readouterr().err
     assert message in printed and "--log_dir" in printed
 
 
-def test_continuing_with_other_data_names_the_difference(trained, tmp_path, capsys):
+def test_resuming_with_other_data_names_the_difference(trained, tmp_path, capsys):
     write_shards(tmp_path, {"val": [600], "train": [2000, 3000, 457]}, seed=5)
     assert train.main(flags(data_dir=tmp_path, log_dir=trained)) == 2
     assert "data (sha256) was" in capsys.readouterr().err

@@ -18,7 +18,8 @@ from conftest import ROOT
 from test_tokenizer import KINDS, random_texts, save
 from tokenizers import Tokenizer as Library
 
-from lib.checkpoint import load_checkpoint, load_model
+from lib.checkpoint import load_checkpoint
+from lib.pretrained import load_model
 from lib.shards import read_manifest
 from lib.tokenizer import get_tokenizer
 from metrics import read_log

@@ -9,13 +9,17 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import ROOT, script
 
 import metrics
 from GPT_Modules import GPTConfig
 from lib.cli import UserError
-from metrics import Log, flops_per_token, peak_flops, read_log
+from lib.curve import draw_curve, finite, thin
+from lib.log import Log, RunFacts, read_log, read_run
+from lib.log import write_run as write_facts
+from lib.speed import duration, flops_per_token, peak_flops
 
 
 def test_flops_of_124m():
@@ -42,7 +46,7 @@ def test_peak_rates_by_name():
 
 
 def test_duration():
-    assert [metrics.duration(s) for s in (0, 61, 3600, 90_000)] == [
+    assert [duration(s) for s in (0, 61, 3600, 90_000)] == [
         "0m00s",
         "1m01s",
         "1h00m",
@@ -78,7 +82,7 @@ def write_run(directory, train: int, val=True, hella=True, dataset="HuggingFaceF
                 **({"val": 3 + 8 / (1 + step / 40)} if val else {}),
                 **({"hella": 0.25 + step / 9000} if hella else {}),
             )
-    facts = metrics.RunFacts(
+    facts = RunFacts(
         config={"max_steps": train - 1},
         model={},
         data={"dataset": dataset, "tokenizer": "gpt2"},
@@ -89,8 +93,8 @@ def write_run(directory, train: int, val=True, hella=True, dataset="HuggingFaceF
         compiled=True,
         versions={},
     )
-    metrics.write_run(directory, facts)
-    assert metrics.read_run(directory) == facts
+    write_facts(directory, facts)
+    assert read_run(directory) == facts
 
 
 def test_a_full_disk_is_a_message_that_names_the_log(tmp_path):
@@ -106,25 +110,45 @@ def test_a_full_disk_is_a_message_that_names_the_log(tmp_path):
 
 def test_a_curve_is_thinned_by_means_and_keeps_its_ends():
     """100,000 steps: at most 4,000 points, each the mean of as many steps as the others."""
-    curve = metrics.Curve()
-    for step in range(100_000):
-        curve.add(step, "train", float(step))
-    steps = curve.train.steps
-    width = curve.train.width
-    assert width == 32 and 2000 <= len(steps) <= 4000
-    assert steps == [width * (n + 1) - 1 for n in range(len(steps))]
-    assert curve.train.values == [step - (width - 1) / 2 for step in steps]
+    points = thin(np.column_stack((np.arange(100_000), np.arange(100_000.0))))
+    assert len(points) == 4000
+    assert np.array_equal(points[:, 0], np.arange(24, 100_000, 25))
+    assert np.array_equal(points[:, 1], points[:, 0] - 12)
+    few = np.column_stack((np.arange(4000), np.arange(4000.0)))
+    assert np.array_equal(thin(few), few) and thin(few[:0]).shape == (0, 2)
 
 
-def test_a_resumed_log_has_the_curve_of_one_that_was_never_stopped(tmp_path):
+def test_points_that_are_not_finite_are_not_drawn():
+    points = [(0, math.nan), (1, 2.0), (2, math.inf), (3, 4.0)]
+    assert finite(points).tolist() == [[1, 2], [3, 4]] and len(finite([])) == 0
+
+
+def test_a_resumed_log_has_the_values_of_one_that_was_never_stopped(tmp_path):
+    """In memory, where the curve is drawn from, as in the file."""
     write_run(tmp_path, 300)
-    whole = metrics.read_curve(tmp_path)
-    continued = Log(tmp_path, 300).curve
-    assert vars(continued.train) == vars(whole.train)
-    assert (continued.val, continued.hella) == (whole.val, whole.hella) and len(whole.val) == 12
+    log = Log(tmp_path, 300)
+    log.write(300, train=3.0)
+    assert log.streams == read_log(tmp_path) and len(log.streams["train"]) == 301
 
 
-def test_lines_that_are_torn_or_edited_are_passed_over(tmp_path, capsys):
+def test_nothing_is_dropped_before_its_successor_is_written(tmp_path):
+    """A run that resumes at step 4, where it had validated, and maybe does not validate again."""
+    lines = ["3 train 3", "4 val 3.5", "4 hella 0.25", "4 eval_s 1", "4 save_s 2", "4 train 9"]
+    text = "".join(line + "\n" for line in [*lines, "5 train 9"])
+    for values, left in (
+        ({}, [*lines, "5 train 9"]),  # it never got so far
+        ({"val": 3.25, "eval_s": 2}, ["3 train 3", "4 hella 0.25", "4 save_s 2", "4 val 3.25"]),
+        ({"train": 8.0}, [*lines[:5], "4 train 8"]),
+    ):
+        (tmp_path / "log.txt").write_text(text)
+        log = Log(tmp_path, 4)
+        if values:
+            log.write(4, **values)
+        found = (tmp_path / "log.txt").read_text().splitlines()
+        assert [line for line in found if line != "4 eval_s 2"] == left
+
+
+def test_lines_that_are_torn_or_edited_are_skipped(tmp_path, capsys):
     (tmp_path / "log.txt").write_text(
         "0 val 5.5\n1 val 5,4\n2 val 5.\0\n3 val nan\n4 val -inf\n5 lr 6e-05\n6 val 5"
     )
@@ -156,7 +180,7 @@ def test_curves_of_all_kinds_of_runs(case, tmp_path):
     from matplotlib.image import imread
 
     write_run(tmp_path, **{"train": 300} | case)
-    image = imread(metrics.plot(tmp_path))
+    image = imread(draw_curve(tmp_path))
     assert image.shape[0] > 400 and image[..., :3].std() > 0.05
 
 
@@ -164,10 +188,10 @@ def test_a_curve_leaves_out_what_is_not_finite(tmp_path):
     nan, inf = float("nan"), float("inf")
     log = Log(tmp_path, 0)
     log.write(0, train=nan, val=nan, hella=nan)
-    assert metrics.plot(tmp_path).exists()  # empty axes
+    assert draw_curve(tmp_path).exists()  # empty axes
     log.write(1, train=5, val=inf)
     log.write(2, train=inf, val=5, hella=0.25)
-    assert metrics.plot(tmp_path).exists()
+    assert draw_curve(tmp_path).exists()
 
 
 def test_reference_lines_stand_only_where_they_compare(tmp_path, monkeypatch):
@@ -180,11 +204,11 @@ def test_reference_lines_stand_only_where_they_compare(tmp_path, monkeypatch):
         lambda self, y, **options: (lines.append(y), axhline(self, y, **options))[1],
     )
     write_run(tmp_path, 60)
-    metrics.plot(tmp_path)
+    draw_curve(tmp_path)
     assert lines == [3.2924, 0.2955, 0.337]
     lines.clear()
     write_run(tmp_path, 60, dataset="roneneldan/TinyStories")
-    metrics.plot(tmp_path)
+    draw_curve(tmp_path)
     assert lines == []
 
 
@@ -233,8 +257,8 @@ def test_tensorboard_has_every_value(follow, tmp_path):
 
     write_run(tmp_path, 60)
     if follow:
-        facts = metrics.read_run(tmp_path)
-        metrics.write_run(tmp_path, dataclasses.replace(facts, config={"max_steps": 60}))
+        facts = read_run(tmp_path)
+        write_facts(tmp_path, dataclasses.replace(facts, config={"max_steps": 60}))
     command = [
         sys.executable,
         str(ROOT / "metrics.py"),

@@ -12,11 +12,11 @@ from test_tokenizer import byte_level_bpe, save
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import export
-import metrics
 import sample
 from GPT_Modules import GPT
-from lib.checkpoint import load_model, open_model
 from lib.cli import UserError
+from lib.log import RunFacts
+from lib.pretrained import load_model, open_model
 from lib.tokenizer import get_tokenizer
 
 SHAPES = {
@@ -189,7 +189,7 @@ def test_other_folders_are_refused(own_tokenizer, tmp_path):
     with pytest.raises(UserError, match="weights are missing: transformer.h.2.ln_1.bias"):
         load_model(str(tmp_path))
     path.unlink()
-    with pytest.raises(UserError, match="there is none of model.safetensors, "):
+    with pytest.raises(UserError, match="it has none of model.safetensors, "):
         load_model(str(tmp_path))
 
 
@@ -273,24 +273,24 @@ def test_an_own_tokenizer_comes_back_byte_for_byte(own_tokenizer, tmp_path):
 def test_fewer_rows_than_ids_are_refused(own_tokenizer, tmp_path):
     small_gpt2(vocab_size=599).save_pretrained(tmp_path)
     copy_tokenizer(own_tokenizer, tmp_path)
-    with pytest.raises(UserError, match=r"has 599 rows in its token table, and its tokenizer \("):
+    with pytest.raises(UserError, match=r"has 599 rows in its token table, but its tokenizer \("):
         load_model(str(tmp_path))
 
 
 def test_a_folder_without_a_tokenizer(own_tokenizer, tmp_path, capsys):
     small_gpt2(vocab_size=50257).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="brings no tokenizer: if its 50,257 tokens are GPT-2's, "):
+    with pytest.raises(UserError, match="comes without a tokenizer: if its 50,257 tokens are"):
         load_model(str(tmp_path))
     assert load_model(str(tmp_path), tokenizer="gpt2")[1].name == "gpt2"
-    opened = open_model(str(tmp_path), str(own_tokenizer))
-    assert opened.tokenizer.n_vocab == 600 and not opened.brings_tokenizer
+    loaded = open_model(str(tmp_path), str(own_tokenizer))
+    assert loaded.tokenizer.n_vocab == 600 and not loaded.own_tokenizer
     words = ["--model", str(tmp_path), "--tokenizer=gpt2"]
     assert sample.main(["Hi", *words, "--max_new_tokens=3"]) == 0
     assert export.main([*words, "--out", str(tmp_path / "out")]) == 0
-    assert open_model(str(tmp_path / "out")).brings_tokenizer
+    assert open_model(str(tmp_path / "out")).own_tokenizer
     capsys.readouterr()
     assert sample.main(["Hi", "--model", str(tmp_path / "out"), "--tokenizer=bytes"]) == 2
-    assert "brings its own tokenizer (gpt2), which is not bytes" in capsys.readouterr().err
+    assert "has its own tokenizer (gpt2), which is not bytes" in capsys.readouterr().err
     (tmp_path / "spiece.model").write_bytes(b"")
     assert sample.main(["Hi", *words]) == 2
     assert "only spiece.model: transformers makes one" in capsys.readouterr().err
@@ -314,16 +314,16 @@ def nanogpt_checkpoint(path, theirs: GPT2LMHeadModel, prefix="", **args):
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
-def test_nanogpt(prefix, own_tokenizer, tmp_path, caplog):
+def test_nanogpt(prefix, own_tokenizer, tmp_path):
     theirs = small_gpt2(vocab_size=50304)
     nanogpt_checkpoint(tmp_path / "ckpt.pt", theirs, prefix)
-    ours, tokenizer = load_model(str(tmp_path / "ckpt.pt"))
+    loaded = open_model(str(tmp_path / "ckpt.pt"))
     # the sums of a head of 50,304 rows go in another order on some machines: 1.2e-5 was seen
-    assert largest_difference(ours, theirs) < 5e-5 and tokenizer.name == "gpt2"
-    assert "names no tokenizer: its 50304 rows are taken for GPT-2's tokens" in caplog.text
-    assert "nanoGPT computes GELU exactly" in caplog.text
+    assert largest_difference(loaded.model, theirs) < 5e-5 and loaded.tokenizer.name == "gpt2"
+    assert loaded.notes[0].startswith("nanoGPT computes GELU exactly")
+    assert "names no tokenizer: assuming GPT-2's tokens for its 50304 rows" in loaded.notes[1]
     nanogpt_checkpoint(tmp_path / "ckpt.pt", small_gpt2(vocab_size=65))
-    with pytest.raises(UserError, match="ckpt.pt brings no tokenizer: if its 65 tokens are GPT-2"):
+    with pytest.raises(UserError, match="ckpt.pt comes without a tokenizer: if its 65 tokens"):
         load_model(str(tmp_path / "ckpt.pt"))
     nanogpt_checkpoint(tmp_path / "ckpt.pt", small_gpt2())
     assert load_model(str(tmp_path / "ckpt.pt"), tokenizer=own_tokenizer)[1].n_vocab == 600
@@ -332,7 +332,7 @@ def test_nanogpt(prefix, own_tokenizer, tmp_path, caplog):
 def test_the_card_of_nanogpts_model_takes_nothing_from_another_run(tmp_path):
     """Also where its file lies in the directory of a run."""
     nanogpt_checkpoint(tmp_path / "ckpt.pt", small_gpt2(vocab_size=50304))
-    facts = dict.fromkeys(field.name for field in dataclasses.fields(metrics.RunFacts))
+    facts = dict.fromkeys(field.name for field in dataclasses.fields(RunFacts))
     (tmp_path / "run.json").write_text(json.dumps(facts))
     (tmp_path / "log.txt").write_text("3 val 2.5\n3 hella 0.3\n")
     (tmp_path / "curve.png").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""Who we are: one process without torchrun, signals as notes."""
+"""Who we are: one process without torchrun, signals that are recorded."""
 
 import os
 import signal
@@ -20,14 +20,14 @@ def test_one_process_is_its_own_world():
     ranks.check_same(torch.nn.Linear(2, 2), 5)
 
 
-def test_signals_are_noted_and_handlers_given_back():
+def test_signals_are_recorded_and_handlers_restored():
     before = signal.getsignal(signal.SIGTERM)
     signals = Signals()
     signals.listen()
-    assert signals.pending() == 0
+    assert signals.received() == 0
     os.kill(os.getpid(), signal.SIGTERM)
-    assert signals.pending() == signal.SIGTERM
-    signals.forget()
+    assert signals.received() == signal.SIGTERM
+    signals.restore()
     assert signal.getsignal(signal.SIGTERM) == before
 
 

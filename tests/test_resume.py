@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +35,9 @@ from conftest import (
     write_shards,
 )
 
-import metrics
 import train
 from lib.checkpoint import load_checkpoint
-from lib.ranks import Ranks
+from lib.log import read_log
 from train import TrainConfig, get_lr
 
 
@@ -88,7 +86,7 @@ def test_a_run_keeps_its_precision(data_dir, tmp_path, monkeypatch, capsys):
             and ", bfloat16, not compiled" in printed
         )
     assert (
-        "the run began in bfloat16 and goes on in it; a new one would take float32 here" in printed
+        "the run began in bfloat16 and continues in it; a new one would use float32 here" in printed
     )
 
 
@@ -357,7 +355,7 @@ def test_exit_code_of_one_process(name, data_dir, tmp_path):
     output, _ = process.communicate(timeout=60)
     assert (
         process.returncode == 128 + signal.Signals[name]
-        and "the same command goes on from here" in output
+        and "the same command resumes from here" in output
     )
 
 
@@ -372,8 +370,8 @@ def test_a_signal_before_the_first_step_saves_nothing_and_says_so(
 
     monkeypatch.setattr(train, "validation_loss", signalled)
     assert train.main(flags(data_dir=data_dir, log_dir=tmp_path)) == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM after 0 steps; the same command goes on" in capsys.readouterr().out
-    assert not list(tmp_path.glob("*.pt")) and "val" not in metrics.read_log(tmp_path)
+    assert "stopped by SIGTERM after 0 steps; the same command resumes" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.pt")) and "val" not in read_log(tmp_path)
 
 
 def test_no_rank_leaves_before_the_last_save_is_done(data_dir, tmp_path):
@@ -520,7 +518,7 @@ def test_a_kill_between_the_best_checkpoint_and_its_link_leaves_no_trace(data_di
     assert os.readlink(tmp_path / "log" / "model_best.pt") == "model_00004.pt"
     assert (tmp_path / "log" / "model_00005.pt").exists()
     assert train.main(words) == 0
-    losses = dict(metrics.read_log(tmp_path / "log")["val"])
+    losses = dict(read_log(tmp_path / "log")["val"])
     assert min(losses, key=losses.get) == 5
     assert os.readlink(tmp_path / "log" / "model_best.pt") == "model_00005.pt"
 
@@ -534,18 +532,17 @@ def test_the_best_is_kept_where_a_run_was_stopped_before_it_was_measured(data_di
     assert "stopped by SIGTERM after 5 steps, saved" in done.stdout, done.stderr
     assert not (tmp_path / "model_best.pt").exists()
     assert train.main(words) == 0
-    losses = dict(metrics.read_log(tmp_path)["val"])
+    losses = dict(read_log(tmp_path)["val"])
     assert min(losses, key=losses.get) == 5
     assert load_checkpoint(tmp_path / "model_best.pt")["step"] == 5
 
 
-def test_a_validation_that_is_not_finite_is_not_the_best(tmp_path):
-    log = metrics.Log(tmp_path, 0)
-    run = types.SimpleNamespace(
-        config=types.SimpleNamespace(keep_best=True), ranks=Ranks("cpu"), log=log
-    )
-    answers = []
-    for step, loss in enumerate((math.nan, 3.0, math.nan, 3.0, 2.5)):
-        log.write(step, val=loss)
-        answers.append(train.is_best(run, {"val": loss}))
-    assert answers == [False, True, False, False, True]
+def test_a_validation_that_is_not_finite_is_not_the_best(data_dir, tmp_path, monkeypatch):
+    words = flags(data_dir=data_dir, log_dir=tmp_path, max_steps=5, val_every=1, save_every=0)
+    losses = iter((math.nan, 3.0, math.inf, 3.5, 2.5, math.nan))
+    monkeypatch.setattr(train, "validation_loss", lambda *words: next(losses))
+    assert train.main([*words, "--keep_best"]) == 0
+    assert os.readlink(tmp_path / "model_best.pt") == "model_00004.pt"
+    assert load_checkpoint(tmp_path / "model_best.pt")["best_val_loss"] == 2.5
+    saved = [step for step, _ in read_log(tmp_path)["save_s"]]
+    assert saved == [1, 4, 5] and load_checkpoint(tmp_path / "model_00005.pt")["step"] == 5

@@ -22,11 +22,11 @@ from conftest import (
     write_shards,
 )
 
-import metrics
 import train
 from lib.checkpoint import load_checkpoint
 from lib.loader import TokenLoader
-from train import TrainConfig, due, get_lr
+from lib.log import read_log
+from train import TrainConfig, get_lr, is_due
 
 
 def test_learning_rate():
@@ -45,9 +45,9 @@ def test_learning_rate():
     assert all(get_lr(s, config) >= get_lr(s + 1, config) for s in range(715, 19073))
 
 
-def test_due():
-    assert [step for step in range(11) if due(step, 4, 10)] == [0, 4, 8, 10]
-    assert not any(due(step, 0, 10) for step in range(11))
+def test_is_due():
+    assert [step for step in range(11) if is_due(step, 4, 10)] == [0, 4, 8, 10]
+    assert not any(is_due(step, 0, 10) for step in range(11))
 
 
 def test_log_and_files_of_a_run(trained, data_dir):
@@ -249,7 +249,7 @@ def test_the_best_checkpoint_is_kept_whole(data_dir, tmp_path):
     rate = {"max_lr": 0.025, "min_lr": 0.025, "warmup_steps": 0}
     words = flags(data_dir=data_dir, log_dir=tmp_path, val_every=1, save_every=4, **rate)
     assert train.main([*words, "--keep_best"]) == 0
-    losses = dict(metrics.read_log(tmp_path)["val"])
+    losses = dict(read_log(tmp_path)["val"])
     step = min(losses, key=losses.get)
     assert 0 < step < 7  # else this test shows nothing: the last two are kept anyway
     assert os.readlink(tmp_path / "model_best.pt") == f"model_{step:05d}.pt"

@@ -1,0 +1,132 @@
+"""The curve of a run: its loss, and HellaSwag if it was measured, over steps and tokens.
+
+draw_curve("log")                                # LOG_DIR/curve.png from LOG_DIR/log.txt
+"""
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+
+from lib.files import whole_file
+from lib.log import RunFacts, read_log, read_run
+from lib.shards import FINEWEB_EDU
+from lib.tokenizer import UNIT
+
+# OpenAI's GPT-2 124M: loss in nats per token on build-nanogpt's validation shard, and HellaSwag
+# acc_norm in the completion style. GPT-3 124M: HellaSwag of table H.1 of Brown et al. 2020.
+GPT2_VAL_LOSS = 3.2924
+GPT2_HELLASWAG = 0.2955
+GPT3_HELLASWAG = 0.337
+
+
+def draw_curve(log_dir, streams: dict[str, list[tuple[int, float]]] | None = None) -> Path:
+    """Draw LOG_DIR/curve.png and return its path.
+
+    streams: what the log has, {stream: [(step, value), ...]} (default: read from log.txt).
+    """
+    from matplotlib.figure import Figure
+
+    streams = streams or read_log(log_dir)
+    run = read_run(log_dir)
+    train, val, hella = (finite(streams.get(name, [])) for name in ("train", "val", "hella"))
+    figure = Figure(figsize=(12 if len(hella) else 8, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2 if len(hella) else 1, squeeze=False)[0]
+    # OpenAI's losses are those of this data's validation shard
+    comparable = False
+    if run:
+        comparable = (run.data["dataset"], run.data["tokenizer"]) == (FINEWEB_EDU, "gpt2")
+    draw_loss(axes[0], train, val, run, comparable)
+    if len(hella):
+        draw_hellaswag(axes[1], hella, comparable)
+    last = max([1, *(points[-1, 0] for points in (train, val, hella) if len(points))])
+    for axis in axes:
+        axis.set_xlim(-0.02 * last, 1.02 * last)
+        axis.grid(alpha=0.3)
+        if axis.get_lines():
+            axis.legend(framealpha=0.9, edgecolor="none")
+        if run:
+            add_tokens(axis, run.tokens_per_step)
+    if run:
+        directory = Path(log_dir).resolve()
+        name = f"{directory.parent.name}/{directory.name}"
+        figure.suptitle(f"{name}: {run.parameters / 1e6:,.1f}M parameters, {run.hardware}")
+    path = Path(log_dir) / "curve.png"
+    picture = io.BytesIO()  # first, so that the file is written in a moment: a viewer may write too
+    figure.savefig(picture, format="png", dpi=120)
+    with whole_file(path) as file:
+        file.write(picture.getvalue())
+    return path
+
+
+def finite(points: list[tuple[int, float]]) -> np.ndarray:
+    """(n, 2): the (step, value) whose value is a finite number."""
+    array = np.array(points, dtype=float).reshape(-1, 2)
+    return array[np.isfinite(array[:, 1])]
+
+
+def thin(points: np.ndarray, most=4000) -> np.ndarray:
+    """Neighbours averaged, so that a curve has at most so many points: more than a picture has
+    pixels. A point has the last step of those that it averages."""
+    width = math.ceil(len(points) / most) or 1
+    n = len(points) // width * width
+    steps = points[width - 1 : n : width, 0]
+    return np.column_stack((steps, points[:n, 1].reshape(-1, width).mean(axis=1)))
+
+
+def smooth(values: np.ndarray) -> list[float]:
+    """Debiased exponential moving average with a window of 1/50 of the values."""
+    keep = 1 - 1 / max(1, len(values) // 50)
+    total = 0.0
+    weight = 0.0
+    smoothed = []
+    for value in values:
+        total = total * keep + value
+        weight = weight * keep + 1
+        smoothed.append(total / weight)
+    return smoothed
+
+
+def draw_loss(axis, train: np.ndarray, val: np.ndarray, run: RunFacts | None, comparable: bool):
+    if len(train):
+        steps, losses = thin(train).T
+        smoothed = smooth(losses)
+        axis.plot(steps, losses, color="tab:blue", alpha=0.2, linewidth=0.8)
+        label = f"train, smoothed ({smoothed[-1]:.4f})"
+        axis.plot(steps, smoothed, color="tab:blue", label=label)
+    if len(val):
+        steps, losses = val.T
+        label = f"validation ({losses[-1]:.4f})"
+        axis.plot(steps, losses, "o-", color="tab:orange", markersize=4, label=label)
+        low = min(losses)
+        bottom = min(low, GPT2_VAL_LOSS) if comparable else low
+        axis.set_ylim(bottom - 0.3, max(min(losses[0], low + 3), low + 0.5))
+    if comparable:
+        add_reference(axis, GPT2_VAL_LOSS, "tab:red", "GPT-2")
+    unit = UNIT.get(run.data["tokenizer"], "token") if run else "token"
+    axis.set(xlabel="step", ylabel=f"loss (nats per {unit})")
+
+
+def draw_hellaswag(axis, hella: np.ndarray, comparable: bool) -> None:
+    steps, scores = hella.T
+    label = f"this model ({scores[-1]:.4f})"
+    axis.plot(steps, scores, "o-", color="tab:blue", markersize=4, label=label)
+    if comparable:
+        add_reference(axis, GPT2_HELLASWAG, "tab:red", "GPT-2")
+        add_reference(axis, GPT3_HELLASWAG, "tab:green", "GPT-3")
+    axis.set(xlabel="step", ylabel="HellaSwag acc_norm")
+
+
+def add_reference(axis, value: float, color: str, name: str) -> None:
+    axis.axhline(value, color=color, linestyle="--", label=f"OpenAI {name} 124M ({value})")
+
+
+def add_tokens(axis, tokens_per_step: int) -> None:
+    """A second scale at the top: the steps in tokens."""
+    from matplotlib.ticker import EngFormatter
+
+    both_ways = (lambda step: step * tokens_per_step, lambda tokens: tokens / tokens_per_step)
+    top = axis.secondary_xaxis("top", functions=both_ways)
+    top.set_xlabel("tokens")
+    top.xaxis.set_major_formatter(EngFormatter(sep=""))
