@@ -34,12 +34,13 @@ import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 import hellaswag  # noqa: E402
-import metrics  # noqa: E402
 from GPT_Modules import GPT, GPTConfig  # noqa: E402
 from lib.device import prepare_device, recompute_blocks  # noqa: E402
+from lib.log import read_log  # noqa: E402
 from lib.loss import linear_cross_entropy  # noqa: E402
 from lib.muon import Muon, muon_groups  # noqa: E402
 from lib.shards import Manifest, ShardEntry, write_manifest  # noqa: E402
+from lib.speed import flops_per_token, peak_flops  # noqa: E402
 
 WHOLE = 350  # seconds for all parts together
 CUDA = torch.device("cuda", 0)
@@ -138,8 +139,8 @@ def measure_steps(options, variant: Variant) -> None:
             seconds.append(wait() - start)
     skipped = sum(not math.isfinite(norm) for norm in norms)
     rate = B * T / statistics.median(seconds)
-    peak = metrics.peak_flops(torch.cuda.get_device_name())
-    mfu = f"{rate * metrics.flops_per_token(config, T) / peak:.1%} MFU, " if peak else ""
+    peak = peak_flops(torch.cuda.get_device_name())
+    mfu = f"{rate * flops_per_token(config, T) / peak:.1%} MFU, " if peak else ""
     print(
         f"{rate:,.0f} tokens/s, {mfu}{1000 * statistics.median(seconds):.1f} ms "
         f"(at least {1000 * min(seconds):.1f}), {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, "
@@ -277,9 +278,9 @@ def measure_run(options) -> None:
                 process.communicate()
                 left = time.perf_counter() - start
             run_to_its_end([*command, f"--log_dir={cut}"])
-        log = metrics.read_log(whole)
+        log = read_log(whole)
         losses = dict(log["train"])
-        again = dict(metrics.read_log(cut)["train"])
+        again = dict(read_log(cut)["train"])
     rates = [rate for step, rate in log["tok_s"] if step > 1]
     apart = max(abs(again[step] - loss) / loss for step, loss in losses.items())
     print(

@@ -295,7 +295,7 @@ def test_harness_style_is_lm_evaluation_harness(tmp_path, data_dir):
     import sys
 
     import export
-    from lib.checkpoint import load_model
+    from lib.pretrained import load_model
 
     torch.manual_seed(0)
     wide = GPT(GPTConfig(block_size=96, vocab_size=50304, n_layer=2, n_head=2, n_embd=32))

@@ -19,10 +19,10 @@ from test_tokenizer import KINDS, random_texts, save
 from tokenizers import Tokenizer as Library
 
 from lib.checkpoint import load_checkpoint
+from lib.log import read_log
 from lib.pretrained import load_model
 from lib.shards import read_manifest
 from lib.tokenizer import get_tokenizer
-from metrics import read_log
 
 PAGE = (ROOT / "docs" / "data.md").read_text()
 SMALL = {
