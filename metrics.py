@@ -126,7 +126,10 @@ def main(argv=None) -> int:
         step, value = points[-1]
         print(f"{stream:8s} {value:<12.6g} at step {step}")
     if streams.keys() & {"train", "val"}:
-        print(f"drawn: {draw_curve(config.log_dir, streams)}")
+        try:
+            print(f"drawn: {draw_curve(config.log_dir, streams)}")
+        except Exception as error:  # matplotlib's settings, a directory that can't be written
+            print(f"WARNING: the curve is not drawn: {one_line_error(error)}")
     if config.tracker:
         replay(config)
     return 0

@@ -71,6 +71,8 @@ def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Samplin
 
 def show_samples(model: GPT, tokenizer: Tokenizer, autocast) -> str:
     """Two texts of a model in training, ready to print."""
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        return "  no sample: the weights are not finite"
     length = 256 if tokenizer.unit == "byte" else 64
     texts = []
     for seed in (42, 43):

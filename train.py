@@ -7,13 +7,14 @@
 
 The same command starts a run and resumes it. A step is one update of the weights, from
 `total_batch_size` tokens; however many GPUs there are, they share these tokens, in micro-batches of
-`batch_size` sequences. Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal finish the step, save, and
-exit.
+`batch_size` sequences. Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU and a closed terminal finish the
+step, save, and exit.
 
 Shapes: B sequences in a micro-batch (batch_size), T tokens in a sequence (seq_len).
 """
 
 import math
+import os
 import platform
 import shlex
 import signal
@@ -29,15 +30,27 @@ from lib.checkpoint import (
     BEST,
     NEWEST,
     checkpoint_paths,
+    claim,
     link,
     remove_older,
     save_checkpoint,
 )
-from lib.cli import PositiveFloat, PositiveInt, UserError, command, count, exit_process, parse
+from lib.cli import (
+    LocalPath,
+    PositiveFloat,
+    PositiveInt,
+    UserError,
+    command,
+    count,
+    exit_process,
+    one_line_error,
+    parse,
+)
 from lib.curve import draw_curve
 from lib.device import (
     StepShape,
     choose_precision,
+    explain_compile_failure,
     explain_out_of_memory,
     free_memory,
     largest_batch_size,
@@ -59,21 +72,22 @@ from sample import show_samples
 
 Preset = Literal["gpt2", "gpt2-fast", "gpt2-medium", "gpt2-large", "gpt2-xl", "demo"]
 SKIPS_IN_A_ROW = 10  # updates that may be skipped for NaN or Inf before the run ends
+PATIENCE = 5.0  # seconds after which a long step asks again whether a signal ends the run
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     # the model
     preset: Preset = "gpt2"  # defaults of the other flags
-    init_from: str = "scratch"  # first weights: scratch, a checkpoint, a folder, or gpt2 ...
+    init_from: LocalPath = "scratch"  # first weights: scratch, a checkpoint, a folder, or gpt2 ...
     n_layer: PositiveInt | None = None  # transformer blocks (default: 12, or --init_from's)
     n_head: PositiveInt | None = None  # attention heads per block (default: 12, or --init_from's)
     n_embd: PositiveInt | None = None  # channels (default: 768, or --init_from's)
     vocab_size: PositiveInt | None = None  # rows of the token table (default: tokens, in 64s)
     block_size: PositiveInt | None = None  # tokens of context (default: seq_len, or --init_from's)
     # directories
-    data_dir: str = DATA_DIR  # training and validation shards
-    log_dir: str = "log"  # log, curve and checkpoints
+    data_dir: LocalPath = DATA_DIR  # training and validation shards
+    log_dir: LocalPath = "log"  # log, curve and checkpoints
     # a step
     total_batch_size: PositiveInt = 524_288  # tokens in a step, over all GPUs: 2^19, GPT-3's 0.5M
     batch_size: PositiveInt | None = None  # sequences in a micro-batch (default: what memory holds)
@@ -92,7 +106,7 @@ class TrainConfig:
     val_every: int = 250  # steps between validations; 0 turns it off
     val_tokens: PositiveInt = 10_485_760  # tokens of a validation: 20 steps' worth
     hellaswag_every: int = 250  # steps between HellaSwag evaluations; 0 turns it off
-    hellaswag_data: str | None = None  # .jsonl file of HellaSwag examples (default: from the Hub)
+    hellaswag_data: LocalPath | None = None  # .jsonl file of examples (default: the Hub's)
     sample_every: int = 250  # steps between samples; 0 turns it off
     save_every: int = 1000  # steps between checkpoints; 0: at the end only
     keep_every: int = 5000  # checkpoints at its multiples are kept; 0: the last two only
@@ -165,6 +179,8 @@ def check_config(config: TrainConfig) -> None:
             f"--decay_steps {config.decay_steps} and --warmup_steps {config.warmup_steps} are "
             f"together more than --max_steps {config.max_steps}"
         )
+    if config.keep_best and not config.val_every:
+        raise UserError("--keep_best needs the validation loss, which --val_every 0 turns off")
     if config.val_every and config.val_tokens < config.total_batch_size:
         raise UserError(
             f"--val_tokens {config.val_tokens} is less than one step, --total_batch_size "
@@ -189,13 +205,18 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
     start = find_start(config, train_data.stream, tokenizer, fastest)
     for note in start.notes:
         ranks.print(note)
-    if ranks.main and start.path:
-        link(start.path, NEWEST)  # a process that was killed may not have done it
-
-    # The batch that fits: the same on every rank. It changes memory and speed, never the result.
+    identity = train_data.stream.identity()
     prepare_device(ranks.device)
     ranks.connect(config.timeout)
+    ranks.check_equal(settings(config, identity, val_data, examples))
+    if ranks.main and start.path:
+        claim(start.path, start.step)
+
+    ranks.enter_context(explain_compile_failure())
     compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
+    compiled = compiled and not torch._dynamo.config.disable  # TORCH_COMPILE_DISABLE=1
+
+    # The largest batch that fits on every rank. It changes memory and speed, never the result.
     half = start.precision != "float32"
     batch_size = config.batch_size
     if batch_size is None:
@@ -233,11 +254,10 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
 
     # The log, and what this run is.
     log = Log(config.log_dir if ranks.main else None, start.step)
-    stream = train_data.stream
     facts = RunFacts(
         config=without_paths(vars(config)),
         model=vars(raw_model.config),
-        data=stream.identity() | {"dataset": public_name(stream.identity())},
+        data=identity | {"dataset": public_name(identity)},
         parameters=sum(parameter.numel() for parameter in raw_model.parameters()),
         tokens_per_step=config.total_batch_size,
         hardware=ranks.hardware(),
@@ -259,6 +279,8 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
     stop = 0  # the signal that ends the run; 0: none
     skips = 0  # updates skipped in a row
     printed = 0.0  # when the last line was
+    seconds = math.inf  # that the last step took
+    ask_every = 1  # micro-batches of a step between questions whether a signal ends the run
     ranks.signals.listen()
 
     # One extra iteration evaluates and saves after the last update.
@@ -296,11 +318,11 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
             ranks.print(show_samples(raw_model, tokenizer, autocast))
         if measured or sample_due:
             log.write(step, **measured, eval_s=time.perf_counter() - begun)
-            stop = int(ranks.stop_signal())
+            stop = ranks.stop_signal()
         if "val" in measured and ranks.main:
             redraw_curve(config.log_dir, log, ranks)
 
-        last = stop > 0 or step == config.max_steps
+        last = bool(stop) or step == config.max_steps
         val_loss = measured.get("val", math.nan)  # equal on all ranks
         best = config.keep_best and math.isfinite(val_loss) and val_loss <= best_val_loss
         best_val_loss = val_loss if best else best_val_loss
@@ -316,7 +338,7 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
                 "precision": start.precision,
                 "best_val_loss": best_val_loss,
                 "train_config": vars(config),
-                "data": stream.identity(),
+                "data": identity,
             }
             try:
                 ranks.on_main(save, config, state, log, ranks)
@@ -325,7 +347,7 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
                 if last:
                     raise UserError(
                         f"the last checkpoint could not be saved: {error}\n"
-                        "HINT: make room and run the same command again",
+                        f"HINT: run the same command again once {config.log_dir} can be written",
                         code=1,
                     ) from None
                 ranks.print(f"WARNING: {error}; earlier checkpoints are intact, the run continues")
@@ -342,18 +364,25 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
         for micro_step, (x, y) in enumerate(train_data.batches(step, batch_size)):
             x = x.to(ranks.device, non_blocking=True)  # (B, T)
             y = y.to(ranks.device, non_blocking=True)  # (B, T)
+            if micro_step and micro_step % ask_every == 0 and (stop := ranks.stop_signal()):
+                break
             # gradients add up on each rank; the last micro-batch averages them over the ranks
             model.require_backward_grad_sync = micro_step == micro_steps - 1
             with autocast:
                 _, loss = model(x, y)
             scaler.scale(loss / micro_steps).backward()
             loss_sum += loss.detach() / (micro_steps * ranks.world_size)
+        if stop:  # in the middle of a long step, which is dropped: the state before it is saved
+            optimizer.zero_grad()
+            continue
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip)
         # the step's one wait for the GPU. All ranks stop after the same step, whichever of them had
         # the signal
-        step_values = torch.stack((ranks.sum(loss_sum), norm, ranks.stop_signal()))
-        loss, norm, stop = step_values.tolist()
+        from_any_rank = ranks.max(ranks.signals.received(), seconds)
+        step_values = torch.stack((ranks.sum(loss_sum), norm, *from_any_rank))
+        loss, norm, stop, slowest = step_values.tolist()
+        ask_every = max(1, int(micro_steps * PATIENCE / slowest))
         # loss and norm are over all ranks, so each of them decides the same
         if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step()
@@ -375,7 +404,8 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
                 "--log_dir, a lower --max_lr or --dtype float32",
                 code=1,
             )
-        timings = speed.measure(time.perf_counter() - begun)
+        seconds = time.perf_counter() - begun
+        timings = speed.measure(seconds)
         log.write(step, train=loss, lr=lr, norm=norm, **timings)
         # a line a second is enough to read
         if time.perf_counter() - printed > 1 or step + 1 == config.max_steps:
@@ -413,6 +443,16 @@ def open_split(split: str, config: TrainConfig, ranks: Ranks) -> TokenLoader:
     )  # fmt: skip
     loader.micro_steps(config.batch_size or 1)
     return loader
+
+
+def settings(config: TrainConfig, identity: dict, val_data, examples: list) -> dict:
+    """What must be the same on every rank: all settings but paths, and the data."""
+    paths = ("data_dir", "log_dir", "init_from", "hellaswag_data")
+    facts = {f"--{name}": value for name, value in vars(config).items() if name not in paths}
+    facts |= {f"data ({name})": value for name, value in identity.items()}
+    if val_data:
+        facts["validation data"] = val_data.stream.identity()["sha256"]
+    return facts | {"HellaSwag examples": len(examples)}
 
 
 def summary(
@@ -486,16 +526,19 @@ def validation_loss(
 
 
 def redraw_curve(log_dir: str, log: Log, ranks: Ranks) -> None:
+    """Draw the curve. A picture never ends a run, whatever matplotlib's settings do to it."""
     try:
         draw_curve(log_dir, log.streams)
-    except OSError as error:
-        ranks.print(f"WARNING: the curve is not drawn: {error}")
+    except Exception as error:
+        ranks.print(f"WARNING: the curve is not drawn: {one_line_error(error)}")
 
 
 def save(config: TrainConfig, state: dict, log: Log, ranks: Ranks) -> None:
     """Save a checkpoint and remove those that need not be kept. Raises OSError if the disk does not
     take it, and UserError for weights that are not finite."""
     begun = time.perf_counter()
+    if not os.path.isdir(config.log_dir):
+        ranks.print(f"WARNING: {config.log_dir} has vanished: a new one gets what follows")
     log.sync()
     path = save_checkpoint(config.log_dir, state)
     seconds = time.perf_counter() - begun

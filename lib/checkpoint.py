@@ -40,6 +40,7 @@ def save_checkpoint(log_dir, state: dict) -> Path:
             code=1,
         )
     path = Path(log_dir) / f"model_{state['step']:05d}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)  # it may have been renamed, or unmounted
     try:
         with whole_file(path) as file:
             torch.save(state, file)
@@ -52,6 +53,18 @@ def save_checkpoint(log_dir, state: dict) -> Path:
         raise OSError(message) from error
     link(path, NEWEST)
     return path
+
+
+def claim(path: Path, step: int) -> None:
+    """Give the checkpoint that a run resumes from its own name, and link NEWEST to it.
+
+    A download may have turned the link into a file that is all there is; a process that was killed
+    may not have linked its last checkpoint.
+    """
+    numbered = path.with_name(f"model_{step:05d}.pt")
+    if path != numbered:
+        replace(path, numbered)
+    link(numbered, NEWEST)
 
 
 def link(path: Path, name: str) -> None:
@@ -125,6 +138,9 @@ def read_verified(path):
     except Exception as error:  # damaged files raise eight kinds
         if isinstance(error, OSError) and error.errno in TRANSIENT_ERRORS:
             raise UnreadableCheckpoint(f"{path} can't be read: {error.strerror}") from None
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            message = f"{path} can't be read: this machine lacks the memory"
+            raise UnreadableCheckpoint(message, code=1) from None
         raise UserError(f"{path} is damaged or not a checkpoint: {one_line_error(error)}") from None
 
 
@@ -142,8 +158,12 @@ def newest_checkpoint(log_dir) -> FoundCheckpoint | None:
 
     Raises UserError with every reason if there are some and all are bad.
     """
+    paths = list(reversed(checkpoint_paths(log_dir).values()))
+    links = [Path(log_dir) / name for name in (NEWEST, BEST)]
+    # where a download has turned the links into files, they may be all that there is
+    paths += [path for path in links if path.is_file() and not path.is_symlink()]
     skipped = []
-    for path in reversed(checkpoint_paths(log_dir).values()):
+    for path in paths:
         try:
             return FoundCheckpoint(load_checkpoint(path), path, skipped)
         except UnreadableCheckpoint:

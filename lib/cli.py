@@ -9,62 +9,62 @@ comment line of its own starts a group:
         # the text
         num_samples: PositiveInt = 4  # texts to write
 
-A number is finite, not negative and below 2^63; one whose type is PositiveInt or PositiveFloat is
-above 0 as well.
+A number is finite and not negative; one whose type is PositiveInt or PositiveFloat is above 0 as
+well. In a LocalPath, ~ is the home directory.
 """
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import difflib
 import functools
 import inspect
 import io
+import math
 import os
 import re
 import sys
-import textwrap
 import time
 import typing
+from pathlib import Path
 from typing import Annotated
 
-PositiveInt, PositiveFloat = Annotated[int, "positive"], Annotated[float, "positive"]
+PositiveInt = Annotated[int, "positive"]
+PositiveFloat = Annotated[float, "positive"]
+LocalPath = Annotated[str, "path"]  # or a name on the Hub, where a command takes both
 
 
 class UserError(Exception):
     """Something that the user can put right: printed as one message without a traceback.
 
-    code: the exit code (2 bad input, 1 the run failed). alone: perhaps only this rank has met it,
-    so it is printed whatever the rank; other errors are the same on every rank.
+    code: the exit code (2 bad input, 1 the run failed). alone: other ranks may not have this error,
+    so it is printed at once whatever the rank.
     """
 
     def __init__(self, message: str, code: int = 2, alone: bool = False):
         super().__init__(message)
-        self.code, self.alone = code, alone
+        self.code = code
+        self.alone = alone
 
 
 def command(main):
     """Decorate a script's `main(argv=None) -> int`: a UserError is printed on stderr and becomes
-    the exit code.
-
-    Under torchrun the first rank of each machine prints an error that all ranks have, and leaves;
-    torchrun then ends the others, which wait for that at most 10 s.
-    """
+    the exit code."""
 
     @functools.wraps(main)
     def run(argv=None) -> int:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(
-                errors="replace"
-            )  # a terminal that is not UTF-8 shows ? for what it lacks
+            # a terminal that is not UTF-8 shows ? for what it lacks
+            sys.stdout.reconfigure(errors="replace")
         try:
             return main(argv) or 0
         except UserError as error:
-            rank_here = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0)))
-            if rank_here > 0 and not error.alone:
+            if not error.alone and not is_first_on_its_machine():
+                # the first rank has the same error and prints it; its end makes the launcher end
+                # this one. If nobody does, the error is this rank's alone
                 time.sleep(10)
-            else:
-                print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {error}", file=sys.stderr, flush=True)
             return error.code
         except SystemExit as done:  # --help
             return done.code or 0
@@ -82,9 +82,14 @@ def command(main):
     return run
 
 
+def is_first_on_its_machine() -> bool:
+    """Is this the first of a launcher's processes on its machine, or a process of its own?"""
+    return "WORLD_SIZE" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def exit_process(exit_code: int) -> typing.NoReturn:
     """End the process. Under torchrun at once: a thread of gloo that still frees a tensor can abort
-    Python's normal shutdown (exit code -6), or hold it up for ever."""
+    Python's normal shutdown (exit code -6), or hold it up forever."""
     if "RANK" not in os.environ:
         sys.exit(exit_code)
     with contextlib.suppress(OSError):
@@ -115,23 +120,6 @@ def count(n: int, noun: str) -> str:
     return f"{n:,} {noun}" + ("" if n == 1 else "es" if noun.endswith(("ch", "s")) else "s")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        unknown = re.match(r"unrecognized arguments: (\S+)", message)
-        if unknown and not unknown[1].startswith("-"):
-            message = (
-                f"{unknown[1]} belongs to no flag: quote a text of several words, and a pattern, as"
-                " in '*.txt'"
-            )
-        elif unknown:
-            near = difflib.get_close_matches(
-                unknown[1].split("=")[0], self._option_string_actions, n=1
-            )
-            message = f"unknown flag {unknown[1]}" + (f": did you mean {near[0]}?" if near else "")
-        script = os.path.basename(sys.argv[0]) or "this script"
-        raise UserError(f"{message} (--help lists the flags of {script})")
-
-
 def parse(
     cls,
     argv: list[str] | None,
@@ -151,12 +139,14 @@ def parse(
     )
     usage = f"%(prog)s {f'[{positional}] ' if positional else ''}[flags]"
     parser = Parser(usage=usage, description=doc, formatter_class=formatter, allow_abbrev=False)
-    comments, group = field_comments(cls), parser
+    comments = field_comments(cls)
+    group = parser
     for field in dataclasses.fields(cls):
         heading, text = comments[field.name]
         if heading:
             group = parser.add_argument_group(heading)
-        (kind, _), default = field_type(cls, field.name), field.default
+        kind, mark = field_type(cls, field.name)
+        default = field.default
         options = {"default": default, "help": text.replace("%", "%%")}
         if typing.get_origin(kind) is typing.Literal:
             options |= {"choices": kind.__args__, "metavar": "WHICH"}
@@ -164,19 +154,18 @@ def parse(
         elif kind is bool:
             options["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
         else:
-            options |= {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
+            options["type"] = local_path if mark == "path" else kind
+            options["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
         if default not in (None, False, ""):
             options["help"] += f" (default: {default})"
         if field.name == positional:
-            group.add_argument(
-                field.name, **options | {"metavar": field.name.upper(), "nargs": "?"}
-            )
+            options |= {"metavar": field.name.upper(), "nargs": "?"}
+            group.add_argument(field.name, **options)
         else:
             group.add_argument(f"--{field.name}", **options)
     arguments = sys.argv[1:] if argv is None else argv
-    end = (
-        arguments.index("--") if "--" in arguments else len(arguments)
-    )  # behind it nothing is a flag
+    # behind -- nothing is a flag
+    end = arguments.index("--") if "--" in arguments else len(arguments)
     arguments = [*map(with_underscores, arguments[:end]), *arguments[end:]]
     if presets:
         chosen, _ = parser.parse_known_args(arguments)
@@ -186,41 +175,82 @@ def parse(
     return config
 
 
-def field_type(cls, name: str) -> tuple[type, bool]:
-    """(type, whether it must be above 0) of a dataclass's field: PositiveInt | None -> (int,
-    True)."""
+class Parser(argparse.ArgumentParser):
+    """argparse, with messages that say what to write instead."""
+
+    def error(self, message):
+        script = os.path.basename(sys.argv[0]) or "this script"
+        raise UserError(f"{self.explain(message)} (--help lists the flags of {script})")
+
+    def explain(self, message: str) -> str:
+        if switch := re.match(r"argument (\S+): ignored explicit argument", message):
+            return f"a switch takes no value: write {switch[1].replace('/', ' or ')}"
+        if gpu := re.match(r"argument --device: invalid choice: 'cuda:(\d+)'", message):
+            return f"{message}: CUDA_VISIBLE_DEVICES={gpu[1]} with --device cuda chooses this GPU"
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        if not unknown:
+            return message
+        word = unknown[1].partition("=")[0]
+        if word.lower() in ("true", "false"):
+            return f"unexpected argument {word}: a switch takes no value; --no-... turns it off"
+        if not word.startswith("-"):
+            return (
+                f"unexpected argument {word}; quote prompts of several words and globs, as in"
+                " '*.txt'"
+            )
+        if word == "--local_rank":
+            return f"unknown flag {word}: start with torchrun, which gives it in the environment"
+        near = difflib.get_close_matches(word, self._option_string_actions, n=1)
+        return f"unknown flag {word}" + (f": did you mean {near[0]}?" if near else "")
+
+
+def local_path(text: str) -> str:
+    """A path with the home directory in the place of ~."""
+    if "://" in text:
+        message = f"{text} is an address; give a path on this machine, or a name on the Hub"
+        raise argparse.ArgumentTypeError(message)
+    return os.path.expanduser(text)
+
+
+def field_type(cls, name: str) -> tuple[type, str]:
+    """(type, mark) of a dataclass's field: PositiveInt | None -> (int, "positive")."""
     kind = typing.get_type_hints(cls, include_extras=True)[name]
     if type(None) in typing.get_args(kind):
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is Annotated:
-        return typing.get_args(kind)[0], True
-    return kind, False
+        return typing.get_args(kind)
+    return kind, ""
 
 
 def check_bounds(config) -> None:
     """Raise UserError for a number of a dataclass that is out of its bounds (see the top of this
     file)."""
     for name, value in vars(config).items():
-        kind, positive = field_type(type(config), name)
+        kind, mark = field_type(type(config), name)
         if value is None or kind not in (int, float):
             continue
+        positive = mark == "positive"
         if kind is int and value < int(positive):
             raise UserError(f"--{name} is {value}: it must be at least {int(positive)}")
-        if not (0 < value if positive else 0 <= value):
+        if not math.isfinite(value) or value < 0 or (positive and value == 0):
             bound = "above 0" if positive else "of at least 0"
             raise UserError(f"--{name} is {value}: it must be a number {bound}")
-        if value >= 2**63:
-            raise UserError(f"--{name} is {value}: it must be below 2^63")
 
 
 def field_comments(cls) -> dict[str, tuple[str, str]]:
     """{field: (heading of the group that starts here or "", help)} from the source of a
     dataclass."""
-    comments, heading = {}, ""
-    for line in textwrap.dedent(inspect.getsource(cls)).splitlines():
-        if match := re.match(r"    # (.+)", line):
+    # under a profiler or debugger __main__ is its own file, and sys.argv[0] still the script
+    path = sys.argv[0] if cls.__module__ == "__main__" else inspect.getsourcefile(cls)
+    source = Path(path).read_text(encoding="utf-8")
+    classes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
+    (node,) = [node for node in classes if node.name == cls.__name__]
+    comments = {}
+    heading = ""
+    for line in source.splitlines()[node.lineno : node.end_lineno]:
+        if match := re.match(r"\s+# (.+)", line):
             heading = match[1]
-        elif match := re.match(r"    (\w+): .*?  # (.+)", line):
+        elif match := re.match(r"\s+(\w+): .*?  # (.+)", line):
             comments[match[1]] = heading, match[2]
             heading = ""
     return comments

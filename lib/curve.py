@@ -51,7 +51,8 @@ def draw_curve(log_dir, streams: dict[str, list[tuple[int, float]]] | None = Non
     if run:
         directory = Path(log_dir).resolve()
         name = f"{directory.parent.name}/{directory.name}"
-        figure.suptitle(f"{name}: {run.parameters / 1e6:,.1f}M parameters, {run.hardware}")
+        title = f"{name}: {run.parameters / 1e6:,.1f}M parameters, {run.hardware}"
+        figure.suptitle(title, parse_math=False)  # a directory's name may have $ in it
     path = Path(log_dir) / "curve.png"
     picture = io.BytesIO()  # first, so that the file is written in a moment: a viewer may write too
     figure.savefig(picture, format="png", dpi=120)

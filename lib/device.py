@@ -4,9 +4,12 @@ import contextlib
 import ctypes
 import functools
 import math
+import os
 import platform
 import resource
+import subprocess
 import sys
+import traceback
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from GPT_Modules import GPTConfig
-from lib.cli import UserError
+from lib.cli import UserError, one_line_error
 from lib.loss import rows_of_a_slice
 
 # Share of the free memory that a step may take: torch's allocator can't use every gap between
@@ -45,10 +48,12 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         )
     if kind != "cuda":
         return torch.device(kind)
-    if local_rank >= torch.cuda.device_count():
+    gpus = torch.cuda.device_count()
+    if gpus == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return torch.device("cuda", 0)  # Slurm's --gpus-per-task=1 shows each process its own
+    if local_rank >= gpus:
         raise UserError(
-            f"{local_rank + 1} processes or more, but {torch.cuda.device_count()} GPUs: "
-            "lower --nproc_per_node"
+            f"{local_rank + 1} processes or more, but {gpus} GPUs: lower --nproc_per_node"
         )
     return torch.device("cuda", local_rank)
 
@@ -215,3 +220,26 @@ def explain_out_of_memory(batch_size: int, recompute: bool):
             f"the model at --batch_size {batch_size} does not fit into memory.\nHINT: {hint}",
             alone=True,
         ) from None
+
+
+@contextlib.contextmanager
+def explain_compile_failure():
+    """Turn a failure of torch.compile, on any of its many grounds, into a UserError."""
+    try:
+        yield
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        cause = getattr(error, "inner_exception", None)  # of what torch.compile itself raises
+        if isinstance(cause, torch.OutOfMemoryError):
+            raise cause from None
+        frames = traceback.extract_tb(error.__traceback__)
+        in_compiler = any("_inductor" in frame.filename for frame in frames)
+        if cause is None and (isinstance(error, RuntimeError) or not in_compiler):
+            raise
+        hint = "set TORCHINDUCTOR_CACHE_DIR to a directory that can be written"
+        if not isinstance(cause or error, OSError):
+            hint = (
+                "it needs a C compiler and Python's headers (apt install gcc g++ python3-dev);"
+                " --no-compile trains without"
+            )
+        message = f"torch.compile failed: {one_line_error(cause or error)}\nHINT: {hint}"
+        raise UserError(message, code=1, alone=True) from None

@@ -17,7 +17,14 @@ import torch.distributed as dist
 from lib.cli import UserError, count, discard_output
 from lib.device import choose_device, device_name
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+# what a launcher tells each of its processes
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+# Ctrl-C, torchrun and Slurm, a closed terminal; what clusters send before a time limit
+STOP_SIGNALS = (
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP,
+    signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU,
+)  # fmt: skip
 
 
 class Stopped(Exception):
@@ -38,11 +45,12 @@ class Ranks(contextlib.ExitStack):
 
     def __init__(self, device: str):
         super().__init__()
+        check_launcher()
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
         self.device = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
-        self.signals = Signals()
+        self.signals = Signals(announced=self.main)
         self.callback(self.signals.restore)
 
     def connect(self, timeout: int) -> None:
@@ -70,7 +78,7 @@ class Ranks(contextlib.ExitStack):
         try:
             print(text, flush=True)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 discard_output()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -79,9 +87,12 @@ class Ranks(contextlib.ExitStack):
             dist.all_reduce(tensor)
         return tensor
 
-    def max(self, number: float) -> torch.Tensor:
-        """The maximum over all ranks, as a device tensor; reading its value waits for the GPU."""
-        tensor = torch.full((), float(number), device=self.device)
+    def max(self, *numbers: float) -> torch.Tensor:
+        """The maximum of each number over all ranks, as a device tensor (numbers,); reading a value
+        waits for the GPU."""
+        # filled by the GPU itself: copying them there would wait for it
+        fills = [torch.full((), float(number), device=self.device) for number in numbers]
+        tensor = torch.stack(fills)
         if self.world_size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
@@ -90,14 +101,15 @@ class Ranks(contextlib.ExitStack):
         """The minimum over all ranks, exact to one part in a million (it travels as float32)."""
         return number if self.world_size == 1 else -self.max(-number).item()
 
-    def stop_signal(self) -> torch.Tensor:
-        """The signal that asks any rank to stop, as a device tensor; 0: none. Once there is one, it
-        stays."""
-        return self.max(self.signals.received())
+    def stop_signal(self) -> int:
+        """The signal that asks any rank to stop, the same on every rank; 0: none. With several
+        ranks it waits for the GPU."""
+        number = self.signals.received()
+        return number if self.world_size == 1 else int(self.max(number))
 
     def check_signals(self) -> None:
         """Raise Stopped, on every rank, once any of them has received a signal."""
-        if number := int(self.stop_signal()):
+        if number := self.stop_signal():
             raise Stopped(number)
 
     def until_stopped(self, items: list):
@@ -126,6 +138,24 @@ class Ranks(contextlib.ExitStack):
             dist.broadcast_object_list(outcome)
         if outcome[0] is not None:
             raise outcome[0]
+
+    def check_equal(self, facts: dict) -> None:
+        """Raise UserError, on every rank, naming each of the facts that is not the same on all."""
+        everyone = [facts] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(everyone, facts)
+        differences = [
+            f"{name} is {value} on rank 0, {theirs.get(name)} on rank {rank}"
+            for name, value in everyone[0].items()
+            for rank, theirs in enumerate(everyone)
+            if theirs.get(name) != value
+        ]
+        if differences:
+            more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+            raise UserError(
+                f"the ranks were started differently: {'; '.join(differences[:3])}{more}.\n"
+                "HINT: start the same command with the same data on every machine"
+            )
 
     def check_same(self, model: torch.nn.Module, step: int) -> None:
         """Compare step and weights (by a checksum of their bits) of all ranks.
@@ -169,24 +199,44 @@ def disconnect(error_type, error, traceback) -> None:
         dist.destroy_process_group()
 
 
+def check_launcher() -> None:
+    """Raise UserError unless a launcher has told this process all that it must know, or nothing:
+    one that takes itself for rank 1 of 1 would train, and write nothing."""
+    missing = [name for name in LAUNCHER if name not in os.environ]
+    found = [name for name in LAUNCHER[:3] if name in os.environ]
+    if found and missing:
+        raise UserError(
+            f"{' and '.join(found)} set in the environment, but not {' and '.join(missing)}: a "
+            "launcher such as torchrun sets all of them\n"
+            f"HINT: for a single process `unset {' '.join(found)}`"
+        )
+
+
 class Signals:
     """Records stop signals instead of dying from them, so that the step can be finished and
-    saved."""
+    saved.
 
-    def __init__(self):
+    announced: whether this process says so at once.
+    """
+
+    def __init__(self, announced: bool = False):
+        self.announced = announced
         self.number = 0  # the last one received
         self.handlers = {}
         self.parent = os.getppid()
 
     def listen(self) -> None:
-        """Record STOP_SIGNALS from now on, but for a hangup that nohup ignores already."""
+        """Record STOP_SIGNALS from now on, but for those that are ignored already, as nohup does
+        with a hangup."""
         for number in STOP_SIGNALS:
-            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                continue
-            self.handlers[number] = signal.signal(number, self.handle)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self.handlers[number] = signal.signal(number, self.handle)
 
     def handle(self, number, frame) -> None:
         self.number = number
+        if self.announced:
+            with contextlib.suppress(OSError):  # not print, which the signal may have interrupted
+                os.write(2, f"{signal.Signals(number).name}: saving after this step\n".encode())
 
     def received(self) -> int:
         """The signal that asks this process to stop; 0: none.

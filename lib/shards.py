@@ -366,6 +366,15 @@ class Stream:
             number += 1
         return np.concatenate(parts)
 
+    def sample(self) -> str:
+        """A digest of some tokens of each shard: at its start, in its middle, at its end."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            n = min(256, shard.tokens)
+            for start in (0, (shard.tokens - n) // 2, shard.tokens - n):
+                digest.update(shard.read(start, n).tobytes())
+        return digest.hexdigest()
+
     def identity(self) -> dict:
         """What identifies the data, whatever its directory: a resumed run compares it with its
         checkpoint's."""
@@ -378,7 +387,8 @@ class Stream:
             if self.manifest.tokenizer_sha256:
                 tokenizer = f"sha256:{self.manifest.tokenizer_sha256}"
         digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
-        return origin | {"tokenizer": tokenizer, "tokens": self.tokens, "sha256": digest}
+        identity = origin | {"tokenizer": tokenizer, "tokens": self.tokens, "sha256": digest}
+        return identity | {"sample": self.sample()}
 
 
 def open_stream(data_dir, split: str) -> Stream:

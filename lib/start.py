@@ -14,6 +14,7 @@ import torch
 from GPT_Modules import GPT, GPTConfig
 from lib.checkpoint import newest_checkpoint
 from lib.cli import UserError, count
+from lib.log import read_lines
 from lib.pretrained import open_model
 from lib.shards import Stream
 from lib.tokenizer import Tokenizer
@@ -58,6 +59,7 @@ def find_start(config, stream: Stream, tokenizer: Tokenizer, fastest: str) -> St
     """
     found = newest_checkpoint(config.log_dir)
     if found is None:
+        check_nothing_lost(config.log_dir)
         return new_run(config, stream, tokenizer, fastest)
     checkpoint = found.checkpoint
     check_same_run(config, stream.identity(), checkpoint, found.path)
@@ -86,6 +88,16 @@ def find_start(config, stream: Stream, tokenizer: Tokenizer, fastest: str) -> St
         scaler=checkpoint["scaler"],
         notes=notes,
     )
+
+
+def check_nothing_lost(log_dir: str) -> None:
+    """Raise UserError if a run has saved checkpoints in a directory that has none now."""
+    path = Path(log_dir) / "log.txt"
+    if any(name == "save_s" for _, name, _ in read_lines(path)):
+        raise UserError(
+            f"{path} says that checkpoints were saved, but {log_dir} has none: nothing is changed"
+            "\nHINT: restore model_NNNNN.pt or model_checkpoint.pt, or choose another --log_dir"
+        )
 
 
 def new_run(config, stream: Stream, tokenizer: Tokenizer, precision: str) -> Start:

@@ -158,6 +158,33 @@ def slow_save(argument):
     around_save(slow)
 
 
+def slow_micro_batches(argument):
+    """Each micro-batch from step ARGUMENT on takes half a second; 0.7 s are a long step."""
+    loss_of = train.linear_cross_entropy
+
+    def slow(x, weight, targets):
+        if torch.is_grad_enabled() and steps[-1] >= int(argument):
+            time.sleep(0.5)
+            print(f"micro-batch of step {steps[-1]}", flush=True)
+        return loss_of(x, weight, targets)
+
+    train.linear_cross_entropy = slow
+    train.PATIENCE = 0.7
+    before_each_step(lambda step: None)
+
+
+def nan_weight(argument):
+    """The weights are NaN from step ARGUMENT on, as a step of too high a rate can make them."""
+
+    def change(step):
+        if step == int(argument):
+            with torch.no_grad():
+                models[0].transformer.ln_f.bias[0] = float("nan")
+
+    keep_model()
+    before_each_step(change)
+
+
 def killed_after_save(argument):
     """SIGKILL between a checkpoint and the link of the best to it."""
 
@@ -220,8 +247,8 @@ FAULTS = {
     fault.__name__: fault
     for fault in (
         stop_after, drift, inf_weight, nan_loss, inf_loss, nan_forever, nan_gradient, full_disk,
-        full_log,
-        slow_save, killed_after_save, sees_no_checkpoint, high_scale, gradients,
+        full_log, slow_save, slow_micro_batches, nan_weight, killed_after_save, sees_no_checkpoint,
+        high_scale, gradients,
     )
 }  # fmt: skip
 

@@ -64,7 +64,7 @@ def test_presets_are_defaults():
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--some_step=1"], "unknown flag --some_step=1: did you mean --some_steps"),
+        (["--some_step=1"], "unknown flag --some_step: did you mean --some_steps"),
         (["--xyz"], "unknown flag --xyz"),
         (["--kind=c"], "invalid choice: 'c'"),
         (["--some_steps=x"], "invalid int value"),
@@ -93,8 +93,7 @@ class Bounds:
         ("--rate=nan", "--rate is nan: it must be a number above 0"),
         ("--every=-1", "--every is -1: it must be at least 0"),
         ("--share=-0.1", "--share is -0.1: it must be a number of at least 0"),
-        ("--share=inf", "--share is inf: it must be below 2"),
-        ("--every=9223372036854775808", "it must be below 2"),
+        ("--share=inf", "--share is inf: it must be a number of at least 0"),
     ],
 )
 def test_a_bound_stands_beside_its_field(words, message):
@@ -166,14 +165,16 @@ def test_errors_become_exit_codes(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "ranks, prints",
+    "ranks, waits",
     [
-        ({"RANK": "3"}, False),
+        ({"RANK": "3"}, False),  # not a launcher's, which sets WORLD_SIZE too
         ({"RANK": "3", "LOCAL_RANK": "3"}, False),
-        ({"RANK": "8", "LOCAL_RANK": "0"}, True),  # the first of a second machine
+        ({"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "16"}, True),
+        ({"RANK": "8", "LOCAL_RANK": "0", "WORLD_SIZE": "16"}, False),  # the first of a machine
     ],
 )
-def test_other_ranks_leave_silently(ranks, prints, capsys, monkeypatch):
+def test_other_ranks_let_the_first_one_speak(ranks, waits, capsys, monkeypatch):
+    """If nobody has ended them after 10 s, the error was theirs alone, and they print it."""
     slept = []
     for name, value in ranks.items():
         monkeypatch.setenv(name, value)
@@ -183,14 +184,11 @@ def test_other_ranks_leave_silently(ranks, prints, capsys, monkeypatch):
     def main(argv=None):
         raise argv
 
-    assert main(UserError("wrong word")) == 2 and slept == ([] if prints else [10])
-    assert capsys.readouterr().err == ("error: wrong word\n" if prints else "")
+    assert main(UserError("wrong word")) == 2 and slept == ([10] if waits else [])
+    assert capsys.readouterr().err == "error: wrong word\n"
     slept.clear()
-    assert (
-        main(UserError("my GPU", alone=True)) == 2
-        and slept == []
-        and capsys.readouterr().err == "error: my GPU\n"
-    )
+    assert main(UserError("my GPU", alone=True)) == 2 and slept == []
+    assert capsys.readouterr().err == "error: my GPU\n"
 
 
 def test_nothing_happens_at_import():

@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "lib.checkpoint": {"GPT_Modules", "lib.cli", "lib.files"},
     "lib.pretrained": {"GPT_Modules", "lib.checkpoint", "lib.cli", "lib.tokenizer"},
     "lib.start": {
-        "GPT_Modules", "lib.checkpoint", "lib.cli", "lib.pretrained", "lib.shards", "lib.tokenizer",
+        "GPT_Modules", "lib.checkpoint", "lib.cli", "lib.log", "lib.pretrained", "lib.shards",
+        "lib.tokenizer",
     },
     "data_generator": {"lib"},
     "metrics": {"lib"},
