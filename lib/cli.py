@@ -148,7 +148,10 @@ def parse(
         kind, mark = field_type(cls, field.name)
         default = field.default
         options = {"default": default, "help": text.replace("%", "%%")}
-        if typing.get_origin(kind) is typing.Literal:
+        if typing.get_origin(kind) is tuple:  # several paths
+            options |= {"type": local_path, "nargs": "*"}
+            default = " ".join(default)
+        elif typing.get_origin(kind) is typing.Literal:
             options |= {"choices": kind.__args__, "metavar": "WHICH"}
             options["help"] += f"; {', '.join(kind.__args__)}"
         elif kind is bool:
@@ -159,7 +162,7 @@ def parse(
         if default not in (None, False, ""):
             options["help"] += f" (default: {default})"
         if field.name == positional:
-            options |= {"metavar": field.name.upper(), "nargs": "?"}
+            options = {"nargs": "?"} | options | {"metavar": field.name.upper()}
             group.add_argument(field.name, **options)
         else:
             group.add_argument(f"--{field.name}", **options)
@@ -170,7 +173,8 @@ def parse(
     if presets:
         chosen, _ = parser.parse_known_args(arguments)
         parser.set_defaults(**presets[chosen.preset])
-    config = cls(**vars(parser.parse_args(arguments)))
+    values = vars(parser.parse_args(arguments))
+    config = cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
     check_bounds(config)
     return config
 

@@ -1,10 +1,11 @@
-"""The curve of a run: its loss, and HellaSwag if it was measured, over steps and tokens.
+"""The curve of a run, or of several: loss, and HellaSwag if it was measured, over steps or tokens.
 
-draw_curve("log")                                # LOG_DIR/curve.png from LOG_DIR/log.txt
+`draw_curve` draws LOG_DIR/curve.png of a run's log, `draw_comparison` several runs in one picture.
 """
 
 import io
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -54,11 +55,15 @@ def draw_curve(log_dir, streams: dict[str, list[tuple[int, float]]] | None = Non
         title = f"{name}: {run.parameters / 1e6:,.1f}M parameters, {run.hardware}"
         figure.suptitle(title, parse_math=False)  # a directory's name may have $ in it
     path = Path(log_dir) / "curve.png"
+    save(figure, path)
+    return path
+
+
+def save(figure, path: Path) -> None:
     picture = io.BytesIO()  # first, so that the file is written in a moment: a viewer may write too
     figure.savefig(picture, format="png", dpi=120)
     with whole_file(path) as file:
         file.write(picture.getvalue())
-    return path
 
 
 def finite(points: list[tuple[int, float]]) -> np.ndarray:
@@ -107,6 +112,10 @@ def draw_loss(axis, train: np.ndarray, val: np.ndarray, run: RunFacts | None, co
         add_reference(axis, GPT2_VAL_LOSS, "tab:red", "GPT-2")
     unit = UNIT.get(run.data["tokenizer"], "token") if run else "token"
     axis.set(xlabel="step", ylabel=f"loss (nats per {unit})")
+    if run and run.val_bytes_per_token:
+        nats = 1 / run.bits_per_byte(1.0)  # of a bit per byte
+        right = axis.secondary_yaxis("right", functions=(lambda x: x / nats, lambda x: x * nats))
+        right.set_ylabel("bits per byte")
 
 
 def draw_hellaswag(axis, hella: np.ndarray, comparable: bool) -> None:
@@ -131,3 +140,73 @@ def add_tokens(axis, tokens_per_step: int) -> None:
     top = axis.secondary_xaxis("top", functions=both_ways)
     top.set_xlabel("tokens")
     top.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+# ---- several runs ----
+
+
+@dataclass(frozen=True)
+class MeasuredRun:
+    """What a run has measured so far."""
+
+    name: str
+    facts: RunFacts
+    streams: dict[str, list[tuple[int, float]]]  # {stream: [(step, value), ...]}
+
+
+def are_comparable(runs: list[MeasuredRun]) -> bool:
+    """Do the losses of these runs compare as they are: the same tokens, by the same tokenizer?"""
+    data = [{key: run.facts.data.get(key) for key in ("tokenizer", "sha256")} for run in runs]
+    return all(other == data[0] for other in data)
+
+
+def draw_comparison(runs: list[MeasuredRun], path: Path) -> None:
+    """Draw several runs in one picture: validation loss (training loss thin), and HellaSwag where
+    it was measured, over tokens. Runs on different data or tokenizers are in bits per byte."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    scored = any("hella" in run.streams for run in runs)
+    figure = Figure(figsize=(13 if scored else 9, 5), layout="constrained")
+    axes = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
+    nats = are_comparable(runs)
+    lowest = math.inf
+    for number, run in enumerate(runs):
+        color = f"C{number}"
+        factor = 1.0 if nats else run.facts.bits_per_byte(1.0)
+        tokens = run.facts.tokens_per_step
+        train, val, hella = (
+            finite(run.streams.get(name, [])) for name in ("train", "val", "hella")
+        )
+        if len(train):
+            steps, losses = thin(train).T
+            losses = factor * np.array(smooth(losses))
+            axes[0].plot(tokens * steps, losses, color=color, alpha=0.5, linewidth=0.8)
+        marks = {"color": color, "marker": "o", "markersize": 4}
+        if len(val):
+            steps, losses = val.T
+            losses = factor * losses
+            label = f"{run.name} ({losses[-1]:.4f})"
+            axes[0].plot(tokens * steps, losses, label=label, **marks)
+            lowest = min(lowest, losses.min())
+        if len(hella):
+            steps, scores = hella.T
+            label = f"{run.name} ({scores[-1]:.4f})"
+            axes[1].plot(tokens * steps, scores, label=label, **marks)
+    if math.isfinite(lowest):
+        height = 3.0 if nats else 1.0
+        axes[0].set_ylim(lowest - 0.1 * height, lowest + height)
+    axes[0].set_ylabel("nats per token" if nats else "bits per byte")
+    more = "" if nats else ", in bits per byte: data or tokenizers differ"
+    axes[0].set_title(f"validation loss{more}")
+    if scored:
+        axes[1].set_title("HellaSwag acc_norm")
+    for axis in axes:
+        axis.set_xlabel("tokens")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[1]:
+            legend = axis.legend(framealpha=0.9, edgecolor="none")
+            for text in legend.get_texts():
+                text.set_parse_math(False)  # a directory's name may have $ in it
+    save(figure, path)

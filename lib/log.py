@@ -7,6 +7,7 @@ read_log("log")["val"]                          # [(250, 3.9518)]
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -110,6 +111,15 @@ class RunFacts:
     precision: str
     compiled: bool
     versions: dict
+    val_bytes_per_token: float | None = None  # UTF-8 bytes of validation text per predicted token
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        """A loss in nats per token as bits per byte of text, which compares models with different
+        tokenizers; None if it is not known how long the text is. Ends of documents are predicted
+        tokens without a byte."""
+        if not self.val_bytes_per_token:
+            return None
+        return loss / math.log(2) / self.val_bytes_per_token
 
 
 def without_paths(config: dict) -> dict:
