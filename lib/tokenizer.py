@@ -20,6 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
+from tiktoken.load import read_file_cached
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer as Library
 
 from lib.cli import UserError, one_line_error
 
@@ -27,32 +30,43 @@ END_OF_TEXT = "<|endoftext|>"
 GPT2_TOKENS = 50257
 MOST_TOKENS = 2**16 - 1
 UNIT = {"gpt2": "token", "bytes": "byte"}  # what a token is called; of any other tokenizer: token
-# sha256 of OpenAI's encoder.json and vocab.bpe (tiktoken compares the same two)
+OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+# sha256 of OpenAI's encoder.json and vocab.bpe
 GPT2_VOCAB = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 GPT2_MERGES = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+# what a tokenizer is stored in where there is no tokenizer.json
+OTHER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
-def get_tokenizer(what) -> "Tokenizer":
-    """The tokenizer that `what` names.
+def get_tokenizer(tokenizer_spec) -> "Tokenizer":
+    """The tokenizer that a tokenizer_spec names.
 
-    what: "gpt2" (50257 tokens), "bytes" (256 bytes and <|endoftext|>), a folder with a
+    tokenizer_spec: "gpt2" (50257 tokens), "bytes" (256 bytes and <|endoftext|>), a folder with a
     tokenizer.json, the path of a tokenizer.json, or the `.state` of a tokenizer. A tokenizer.json
     that holds GPT-2's own tokenizer or ours of bytes is that one. Raises UserError if there is no
     such tokenizer, or if it can't be used.
     """
-    if isinstance(what, dict):
-        return tokenizer_from_files(what, "the tokenizer of the checkpoint")
-    if what in ("gpt2", "bytes"):
-        return TiktokenTokenizer(what)
-    path = Path(what)
+    if isinstance(tokenizer_spec, dict):
+        return tokenizer_from_files(tokenizer_spec, "the tokenizer of the checkpoint")
+    if tokenizer_spec in ("gpt2", "bytes"):
+        return TiktokenTokenizer(tokenizer_spec)
+    path = Path(tokenizer_spec)
     if path.is_dir():
         path = path / "tokenizer.json"
     if path.name == "tokenizer.json" and not path.exists():
         return tokenizer_without_json(path.parent)
     if not path.is_file():
         raise UserError(
-            f"there is no tokenizer {what}: give gpt2, bytes, a folder with a tokenizer.json, or"
-            " the path of one"
+            f"there is no tokenizer {tokenizer_spec}: give gpt2, bytes, a folder with a"
+            " tokenizer.json, or the path of one"
         )
     files = {"tokenizer.json": read_text(path)}
     settings = path.with_name("tokenizer_config.json")
@@ -103,18 +117,6 @@ def tokenizer_without_json(folder: Path) -> "Tokenizer":
         "    from transformers import AutoTokenizer\n"
         f'    AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}")'
     )
-
-
-# what a tokenizer is stored in where there is no tokenizer.json
-OTHER_FILES = (
-    "added_tokens.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -206,8 +208,8 @@ class TiktokenTokenizer(Tokenizer):
         return TiktokenDecoder(self.encoding)
 
     def files(self, block_size):
-        texts = tiktoken_files(self.encoding, block_size)
-        return {name: text.encode() for name, text in texts.items()}
+        model = gpt2_files() if self.name == "gpt2" else bytes_files()
+        return model | settings_files(model, block_size)
 
 
 class TiktokenDecoder:
@@ -257,7 +259,7 @@ def pieces(text: str) -> list[str]:
 
 
 class JsonTokenizer(Tokenizer):
-    """A tokenizer.json of Hugging Face's format, by the package tokenizers.
+    """A tokenizer.json of Hugging Face's format, by its own library, the package tokenizers.
 
     files: its text and, if there is one, that of tokenizer_config.json; settings: the second one,
     read. What the file says of truncation and padding, and the tokens that its template would put
@@ -273,14 +275,7 @@ class JsonTokenizer(Tokenizer):
         # the pool of workers is the parallelism, and threads don't survive its fork
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
-            import tokenizers
-        except ImportError:
-            raise UserError(
-                f"{place} is read by the package tokenizers, which is not installed:"
-                " pip install tokenizers"
-            ) from None
-        try:
-            self.library = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+            self.library = Library.from_str(files["tokenizer.json"])
         except Exception as error:  # the package raises a bare Exception
             raise UserError(f"{place} is not a tokenizer.json: {error}") from None
         self.library.no_truncation()
@@ -441,94 +436,57 @@ def is_gpt2(vocab: dict[str, int], merges: list) -> bool:
 
 
 def bytes_vocab() -> dict[str, int]:
-    return {character: byte for byte, character in sorted(byte_characters().items())} | {
-        END_OF_TEXT: 256
-    }
+    """{character: byte}. GPT-2 writes each byte as a printable character: itself if it is one, else
+    the next code point from 256 on."""
+    others = iter(range(256, 512))
+    vocab = {}
+    for byte in range(256):
+        is_printable = chr(byte).isprintable() and chr(byte) != " "
+        vocab[chr(byte if is_printable else next(others))] = byte
+    return vocab | {END_OF_TEXT: 256}
 
 
-def byte_characters() -> dict[int, str]:
-    """GPT-2 writes each byte as a printable character: itself where it is one, else the next from
-    code point 256."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {
-        byte: chr(256 + n) for n, byte in enumerate(others)
-    }
-
-
-def byte_level(add_prefix_space: bool, trim_offsets: bool) -> dict:
-    """A part of tokenizer.json that goes from text to byte characters or back."""
+def gpt2_files() -> dict[str, bytes]:
+    """OpenAI's vocabulary and merges, which tiktoken has fetched and checked."""
     return {
-        "type": "ByteLevel",
-        "add_prefix_space": add_prefix_space,
-        "trim_offsets": trim_offsets,
-        "use_regex": True,
+        "vocab.json": read_file_cached(f"{OPENAI}/encoder.json", GPT2_VOCAB),
+        "merges.txt": read_file_cached(f"{OPENAI}/vocab.bpe", GPT2_MERGES),
     }
 
 
-def recover_merges(tokens: list[bytes]) -> list[tuple[bytes, bytes]]:
-    """The BPE merges, in order, from the tokens in order of their ids: each came from joining two
-    that were there."""
-    ids = {token: id for id, token in enumerate(tokens)}
-    merges = []
-    for id, token in enumerate(tokens):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:  # join the pair that was learned first
-            first = min(range(len(parts) - 1), key=lambda i: ids.get(parts[i] + parts[i + 1], id))
-            parts[first : first + 2] = [parts[first] + parts[first + 1]]
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
-    return merges
+def bytes_files() -> dict[str, bytes]:
+    """The same of the tokenizer of bytes, which has nothing to merge."""
+    return {"vocab.json": json.dumps(bytes_vocab()).encode(), "merges.txt": b"#version: 0.2\n"}
 
 
-def tiktoken_files(encoding: tiktoken.Encoding, block_size: int) -> dict[str, str]:
-    """{file name: text} of tokenizer.json, vocab.json, merges.txt, tokenizer_config.json,
-    special_tokens_map.json."""
-    character = byte_characters()
-    tokens = [encoding.decode_single_token_bytes(id) for id in range(encoding.eot_token)]
-    merges = [
-        ["".join(character[byte] for byte in part) for part in pair]
-        for pair in recover_merges(tokens)
-    ]
-    vocab = {"".join(character[byte] for byte in token): id for id, token in enumerate(tokens)}
-    vocab[END_OF_TEXT] = encoding.eot_token
-    end = {
-        "id": encoding.eot_token,
-        "content": END_OF_TEXT,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-    }
-    whole = {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [end | {"normalized": True, "special": True}],
-        "normalizer": None,
-        "pre_tokenizer": byte_level(add_prefix_space=False, trim_offsets=True),
-        "post_processor": byte_level(add_prefix_space=True, trim_offsets=False),
-        "decoder": byte_level(add_prefix_space=True, trim_offsets=True),
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
-            "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False,
-            "ignore_merges": False, "vocab": vocab, "merges": merges,
-        },
-    }  # fmt: skip
+def settings_files(model: dict[str, bytes], block_size: int) -> dict[str, bytes]:
+    """{file name: content} of what stands beside vocab.json and merges.txt in a published folder.
+
+    model: those two files; block_size: the tokens of context of the model that it is for."""
     roles = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
     settings = {
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": block_size,
+        **roles,
+        "tokenizer_class": "GPT2Tokenizer",
     }
     return {
-        "tokenizer.json": json.dumps(whole, indent=2, ensure_ascii=False),
-        "vocab.json": json.dumps(vocab),
-        "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n",
-        "tokenizer_config.json": json.dumps(
-            settings | roles | {"tokenizer_class": "GPT2Tokenizer"}, indent=2
-        )
-        + "\n",
-        "special_tokens_map.json": json.dumps(roles, indent=2) + "\n",
+        "tokenizer.json": tokenizer_json(model).encode(),
+        "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
+        "special_tokens_map.json": (json.dumps(roles, indent=2) + "\n").encode(),
     }
+
+
+def tokenizer_json(model: dict[str, bytes]) -> str:
+    """tokenizer.json, from vocab.json and merges.txt."""
+    vocab = json.loads(model["vocab.json"])
+    _, *lines = model["merges.txt"].decode().splitlines()
+    merges = [tuple(line.split(" ")) for line in lines]
+    empty = {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    library = Library(models.BPE(vocab, merges, **empty))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.post_processor = processors.ByteLevel(trim_offsets=False)
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens([AddedToken(END_OF_TEXT, normalized=True)])
+    return library.to_str(pretty=True)

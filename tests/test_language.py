@@ -62,11 +62,11 @@ def esperanto(dice: random.Random, sentences: int) -> str:
 
 
 def commands() -> dict[str, list[str]]:
-    """{script: its words} of the seven commands of the page, the last one of a script."""
+    """{script: its words} of the six commands of the page, the last one of a script."""
     blocks = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
     [block] = [block for block in blocks if "make_tokenizer" in block]
     lines = [shlex.split(line) for line in block.splitlines()]
-    assert len(lines) == 7
+    assert len(lines) == 6
     return {words[1]: words[2:] for words in lines if "--push_to_hub" not in words}
 
 

@@ -4,8 +4,6 @@ them, by transformers."""
 import json
 import pickle
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -425,20 +423,3 @@ def test_no_tokenizer_there(tmp_path):
         (tmp_path / "vocab.json").write_text(content)
         with pytest.raises(UserError, match="vocab.json is damaged: "):
             get_tokenizer(tmp_path)
-
-
-def test_the_package_tokenizers_is_needed_for_an_own_tokenizer_only(folders):
-    program = f"""
-import sys
-sys.modules["tokenizers"] = None
-sys.path.insert(0, {str(ROOT)!r})
-from lib.cli import UserError
-from lib.tokenizer import get_tokenizer
-get_tokenizer("gpt2"), get_tokenizer("bytes")
-try:
-    get_tokenizer({str(folders["Unigram"])!r})
-except UserError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "which is not installed: pip install tokenizers" in done.stdout, done.stderr
