@@ -5,6 +5,7 @@ import re
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
 
 MAY_IMPORT = {
     "GPT_Modules": {"lib.pretrained"},  # in from_pretrained alone
@@ -83,4 +84,20 @@ def test_ranks_talk_to_each_other_in_one_file():
 def test_users_keep_the_newer_versions_that_they_have():
     """An upper bound would have pip replace a cloud image's torch by an older one."""
     for line in (ROOT / "requirements.txt").read_text().splitlines():
-        assert line.startswith("#") or re.fullmatch(r"[a-z_]+>=[0-9.]+", line), line
+        bound = line if line.startswith("#") else str(Requirement(line).specifier)
+        assert re.fullmatch(r"#.*|>=[0-9.]+", bound), line
+
+
+PLATFORMS = [
+    ("linux", "x86_64", True), ("linux", "aarch64", True), ("darwin", "x86_64", True),
+    ("darwin", "arm64", True), ("win32", "AMD64", True), ("linux", "armv7l", False),
+    ("linux", "ppc64le", False), ("win32", "ARM64", False), ("freebsd14", "x86_64", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("platform, machine, has_wheel", PLATFORMS)
+def test_gigatoken_is_installed_where_it_has_a_wheel(platform, machine, has_wheel):
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    [line] = [line for line in lines if line.startswith("gigatoken")]
+    environment = {"sys_platform": platform, "platform_machine": machine}
+    assert Requirement(line).marker.evaluate(environment) == has_wheel
