@@ -51,7 +51,8 @@ def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Samplin
     """Yield the continuation of a prompt piece by piece, until max_new_tokens or the end of the
     document."""
     device = model.lm_head.weight.device
-    tokens = tokenizer.encode_prompt(prompt) or [tokenizer.eot_token]
+    prompt_tokens = tokenizer.encode_prompt(prompt)
+    tokens = prompt_tokens or [tokenizer.eot_token]  # without a prompt a document begins
     stream = model.stream(
         torch.tensor([tokens], device=device),  # (1, T)
         sampling.max_new_tokens,
@@ -60,7 +61,7 @@ def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Samplin
         torch.Generator(device).manual_seed(sampling.seed),
         tokenizer.n_vocab,
     )
-    decoder = tokenizer.decoder()
+    decoder = tokenizer.decoder(prompt_tokens)
     with changing_shapes():
         for token in stream:
             if token.item() == tokenizer.eot_token:

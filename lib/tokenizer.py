@@ -38,6 +38,7 @@ OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 # sha256 of OpenAI's encoder.json and vocab.bpe
 GPT2_VOCAB = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 GPT2_MERGES = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")  # beside a tokenizer.json
 # what a tokenizer is stored in where there is no tokenizer.json
 OTHER_FILES = (
     "added_tokens.json",
@@ -73,9 +74,9 @@ def get_tokenizer(tokenizer_spec) -> "Tokenizer":
             " tokenizer.json, or the path of one"
         )
     files = {"tokenizer.json": read_text(path)}
-    settings = path.with_name("tokenizer_config.json")
-    if settings.exists():
-        files["tokenizer_config.json"] = read_text(settings)
+    for name in SETTINGS:
+        if path.with_name(name).exists():
+            files[name] = read_text(path.with_name(name))
     return tokenizer_from_files(files, str(path))
 
 
@@ -88,36 +89,31 @@ def read_text(path: Path) -> str:
 
 
 def tokenizer_from_files(files: dict[str, str], place: str) -> "Tokenizer":
-    """The tokenizer of {"tokenizer.json": text, "tokenizer_config.json": text}, the second one only
-    if there is one. place: what a message calls it."""
-    try:
-        whole = json.loads(files["tokenizer.json"])
-        settings = json.loads(files.get("tokenizer_config.json", "{}"))
-        end = content(settings.get("eos_token"))
-        known = built_in_name(whole) if end in (None, END_OF_TEXT) else None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{place} and its tokenizer_config.json are not a tokenizer in Hugging Face's format"
-            f" ({one_line_error(error)})"
-        ) from None
-    return BUILT_IN[known]() if known else JsonTokenizer(files, settings, place)
+    """The tokenizer of {"tokenizer.json": text}, and the texts of those of SETTINGS that there are.
+    place: what a message calls it."""
+    tokenizer = JsonTokenizer(files, place)
+    for built_in in BUILT_IN.values():
+        if tokenizer.n_vocab == built_in.n_vocab and tokenizer.behavior == built_in.behavior:
+            return built_in()
+    return tokenizer
 
 
 def tokenizer_without_json(folder: Path) -> "Tokenizer":
-    """The tokenizer of a folder that has no tokenizer.json: GPT-2's if vocab.json and merges.txt
-    are OpenAI's, else a UserError that says how to make a tokenizer.json."""
+    """The tokenizer of a folder that has no tokenizer.json: GPT-2's if its vocab.json and
+    merges.txt say so, else a UserError that says how to make a tokenizer.json."""
     names = [path.name for path in sorted(folder.glob("*")) if path.name in OTHER_FILES]
-    try:
-        if names == ["merges.txt", "vocab.json"]:
-            vocab = json.loads(read_text(folder / "vocab.json"))
-            merges = read_text(folder / "merges.txt").strip().splitlines()
-            if is_gpt2(vocab, [line for line in merges if not line.startswith("#version")]):
-                return GPT2Tokenizer()
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{folder / 'vocab.json'} is damaged: {one_line_error(error)}") from None
-    there = f", only {', '.join(names)}: transformers makes one" if names else ""
+    if names == ["merges.txt", "vocab.json"]:
+        try:
+            text = tokenizer_json({name: (folder / name).read_bytes() for name in names})
+        except Exception as error:  # the package raises a bare Exception
+            message = f"{folder / 'vocab.json'} is damaged: {one_line_error(error)}"
+            raise UserError(message) from None
+        tokenizer = tokenizer_from_files({"tokenizer.json": text}, str(folder))
+        if tokenizer.name == "gpt2":
+            return tokenizer
+    others = f", only {', '.join(names)}: transformers makes one" if names else ""
     raise UserError(
-        f"{folder} has no tokenizer.json{there}:\n"
+        f"{folder} has no tokenizer.json{others}:\n"
         "    from transformers import AutoTokenizer\n"
         f'    AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}")'
     )
@@ -134,7 +130,9 @@ class Tokenizer:
     name: "gpt2", "bytes" or "tokenizer.json". n_vocab: the number of ids. eot_token: the id that
     stands before each document. unit: what a token is called. prompt: a text that shows what a
     model learned ("": begin a document). state: plain data, for a checkpoint, from which
-    get_tokenizer makes it again. identity: equal for equal tokenizers.
+    get_tokenizer makes it again. identity: says which files it was made from. behavior: says what
+    it does; equal for equal tokenizers, whatever their files look like. notes: what a user should
+    know of it, for the command to print.
     """
 
     name: str
@@ -144,6 +142,8 @@ class Tokenizer:
     prompt: str
     state: str | dict[str, str]
     identity: str
+    behavior: str
+    notes: list[str] = []
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text. The name of a special token in it is text like any other."""
@@ -165,21 +165,30 @@ class Tokenizer:
     def encode_documents(self, texts: list[str]) -> np.ndarray:
         """uint16 (tokens,): for each text eot_token and its tokens, in order.
 
-        A lone surrogate in a text becomes U+FFFD. Raises EncoderMismatch if gigatoken is wrong.
+        A lone surrogate in a text becomes U+FFFD. Raises EncoderMismatch if gigatoken is wrong, or
+        if a text would end in its middle.
         """
         end = np.array([self.eot_token])
         parts = [np.empty(0, np.uint16)]
         for ids in self.encode_batch(texts):
             parts += [end, ids]
-        return np.concatenate(parts, dtype=np.uint16, casting="unsafe")
+        tokens = np.concatenate(parts, dtype=np.uint16, casting="unsafe")
+        if np.count_nonzero(tokens == self.eot_token) != len(texts):
+            index = next(n for n, ids in enumerate(parts[2::2]) if self.eot_token in ids)
+            message = "a text holds U+FFFF and the name of the token that ends documents"
+            raise EncoderMismatch(message, index)
+        return tokens
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """The ids of each text, as `encode` gives them."""
         return self.batch_encoder.encode(texts)
 
-    def decoder(self) -> "ByteDecoder | JsonDecoder":
+    def decoder(self, prompt: list[int] = ()) -> "ByteDecoder | JsonDecoder":
         """Decodes as tokens come: .step(id) is the text that is certain now, .end() the rest. A
-        character may span tokens."""
+        character may span tokens.
+
+        prompt: the ids before the first one, whose text is not given again.
+        """
         raise NotImplementedError
 
     def files(self, block_size: int) -> dict[str, bytes]:
@@ -199,11 +208,12 @@ class GPT2Tokenizer(Tokenizer):
     name = state = identity = "gpt2"
     unit = UNIT["gpt2"]
     prompt = "Hello, I'm a language model,"
+    n_vocab = GPT2_TOKENS
+    eot_token = GPT2_TOKENS - 1
+    behavior = "f2799f32d9353fdb887c221a95cc535e933f4d2b4e1f7a097492c5304cd94951"
 
     def __init__(self):
         self.encoding = gpt2_encoding()
-        self.n_vocab = self.encoding.n_vocab
-        self.eot_token = self.encoding.eot_token
 
     def encode(self, text):
         return self.encode_array(text).tolist()
@@ -226,7 +236,7 @@ class GPT2Tokenizer(Tokenizer):
         tokenizer = hide_names(whole, END_OF_TEXT)
         return BatchEncoder(encode_in_threads, "tiktoken", tokenizer, [END_OF_TEXT])
 
-    def decoder(self):
+    def decoder(self, prompt=()):
         return ByteDecoder(self.encoding.decode_single_token_bytes)
 
     def files(self, block_size):
@@ -263,6 +273,7 @@ class BytesTokenizer(Tokenizer):
     prompt = "Return the "
     n_vocab = 257
     eot_token = 256
+    behavior = "0bb573f72f5a7b6b4477f0459310b5370d7a1dfa9ca222ac3f59c1eb02fadc0f"
     encoder = "UTF-8"
 
     def encode(self, text):
@@ -275,7 +286,7 @@ class BytesTokenizer(Tokenizer):
     def encode_batch(self, texts):
         return [np.frombuffer(utf8(text), np.uint8) for text in texts]
 
-    def decoder(self):
+    def decoder(self, prompt=()):
         return ByteDecoder(lambda id: bytes([id]) if id < 256 else END_OF_TEXT.encode())
 
     def files(self, block_size):
@@ -309,29 +320,45 @@ class ByteDecoder:
 
 # ---- any tokenizer.json ----
 
+# what a tokenizer is tried on: letters of many scripts, white space, digits, code, an emoji
+PROBES = [
+    "É", "Hello, World!", "two  spaces\n\n\ta tab\r\n", "it's they'LL I'd", "0123456789 3.14",
+    "def f(x): return x[0]", "großes", "ﬁ", "e\u0301", "Ελληνικά", "русский", "հայերեն",
+    "עברית", "العربية", "हिन्दी", "বাংলা", "தமிழ்", "ไทย", "ქართული", "አማርኛ", "ខ្មែរ", "한국어",
+    "ひらがな", "カタカナ", "汉字", "٣٤", "①½", "👍🏽",
+]  # fmt: skip
+
 
 class JsonTokenizer(Tokenizer):
     """A tokenizer.json of Hugging Face's format, by its own library, the package tokenizers.
 
-    files: its text and, if there is one, that of tokenizer_config.json; settings: the second one,
-    read. What the file says of truncation and padding, and the tokens that its template would put
-    around a text, are left out: a document is its tokens, all of them, and nothing else. Raises
-    UserError if it can't be used, and says why.
+    A document is all its tokens, always the same ones, and nothing else: what the file says of
+    truncation, padding, dropout and a template is switched off. A language model's tokenizer gives
+    the text back: one that loses text is refused, one that changes it says so in `notes`.
+
+    files: as in tokenizer_from_files. Raises UserError if it can't be used, and says why.
     """
 
     name = "tokenizer.json"
     unit = "token"
     prompt = ""
 
-    def __init__(self, files: dict[str, str], settings: dict, place: str):
+    def __init__(self, files: dict[str, str], place: str):
+        self.state = dict(files)
         try:
             self.library = Library.from_str(files["tokenizer.json"])
         except Exception as error:  # the package raises a bare Exception
             raise UserError(f"{place} is not a tokenizer.json: {error}") from None
+        as_it_was = self.library.to_str()
         self.library.no_truncation()
         self.library.no_padding()
-        self.state = dict(files)
-        self.settings = settings
+        if self.library.num_special_tokens_to_add(is_pair=False):
+            self.library.post_processor = None
+        if isinstance(self.library.model, models.BPE):
+            self.library.model.dropout = None
+        self.json = self.library.to_str(pretty=True)
+        if self.library.to_str() == as_it_was:
+            self.json = files["tokenizer.json"]
         digest = hashlib.sha256(files["tokenizer.json"].encode()).hexdigest()
         self.identity = f"sha256:{digest}"
         ids = self.library.get_vocab(with_added_tokens=True)
@@ -341,13 +368,17 @@ class JsonTokenizer(Tokenizer):
                 f"{place} has {self.n_vocab:,} ids: tokens are stored in 16 bits, so there may be"
                 f" 1 to {MOST_TOKENS:,}"
             )
+        self.settings = read_settings(files, place)
         end = self.end_of_text(ids, place)
         self.eot_token = ids[end]
-        self.documents_json = hide_names(json.loads(files["tokenizer.json"]), end)
-        self.documents = Library.from_str(self.documents_json)  # encodes names as text
+        self.documents_json = hide_names(json.loads(self.library.to_str()), end)
+        self.documents = Library.from_str(self.documents_json)
+        names = [token.content for token in self.library.get_added_tokens_decoder().values()]
+        self.probes = [*PROBES, *(f"{name} {name}{name} a{name}a" for name in names)]
+        self.notes = self.try_probes(place)
 
     def end_of_text(self, ids: dict[str, int], place: str) -> str:
-        """The name of the token that ends a document: the eos_token of tokenizer_config.json, or
+        """The name of the token that ends a document: the eos_token of the settings, or
         <|endoftext|>."""
         end = content(self.settings.get("eos_token"))
         if end is None and END_OF_TEXT in ids:
@@ -357,7 +388,7 @@ class JsonTokenizer(Tokenizer):
         special = [t.content for t in self.library.get_added_tokens_decoder().values() if t.special]
         reason = f"its vocabulary has no {END_OF_TEXT}, and no tokenizer_config.json names another"
         if end is not None:
-            reason = f"the eos_token {end!r} of its tokenizer_config.json is not in its vocabulary"
+            reason = f"its eos_token {end!r} is not in its vocabulary"
         way_out = "train it with a special token"
         if special:
             line = json.dumps({"eos_token": special[0]})
@@ -366,6 +397,43 @@ class JsonTokenizer(Tokenizer):
         raise UserError(
             f"{place} does not say which token ends a document: {reason}\nHINT: {way_out}"
         )
+
+    def try_probes(self, place: str) -> list[str]:
+        """What it changes in texts, as notes. Raises UserError if it loses text."""
+        changes = []
+        for text in self.probes:
+            try:
+                ids = self.encode(text)
+                back = self.decode(ids)
+                outcome = f"{text!r} comes back as {back!r}"
+            except Exception as error:  # the package's, if what is unknown has no token
+                ids = []
+                outcome = f"{text!r} can't be encoded ({error})"
+            if not ids or not back.strip() or self.eot_token in ids:
+                raise UserError(
+                    f"{place} loses text: {outcome}\nHINT: train it with a token for every byte, as"
+                    " docs/data.md does, or with an unk_token that doesn't end documents"
+                )
+            if back != text:
+                changes.append(outcome)
+        return [f"this tokenizer changes texts: {', '.join(changes[:3])}"] if changes else []
+
+    @cached_property
+    def behavior(self):
+        whole = json.loads(self.library.to_str())
+        model = {key: value for key, value in whole["model"].items() if value and key != "vocab"}
+        if isinstance(whole["model"]["vocab"], list):  # Unigram's, with scores
+            model["vocab"] = whole["model"]["vocab"]
+        every_token = self.decode([*range(self.n_vocab)])
+        texts = [*self.probes, every_token]
+        facts = [
+            model,
+            self.library.get_vocab(with_added_tokens=True),
+            self.eot_token,
+            [[self.encode(text), self.encode_prompt(text)] for text in texts],
+            every_token,
+        ]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def encode(self, text):
         return self.encode_on_all_cores([text])[0].tolist()
@@ -381,18 +449,18 @@ class JsonTokenizer(Tokenizer):
     @cached_property
     def batch_encoder(self):
         whole = json.loads(self.documents_json)
-        is_bpe = whole["model"].get("type", "BPE") == "BPE"
+        is_bpe = whole["model"]["type"] == "BPE"
         is_byte_level = is_bpe and "ByteLevel" in json.dumps(whole["pre_tokenizer"])
         tokenizer = self.documents_json if is_byte_level else "{}"  # which gigatoken refuses
-        names = [token.content for token in self.documents.get_added_tokens_decoder().values()]
-        examples = [f"{name} {name}{name} a{name}a" for name in names]
-        return BatchEncoder(self.encode_on_all_cores, "tokenizers", tokenizer, examples)
+        return BatchEncoder(self.encode_on_all_cores, "tokenizers", tokenizer, self.probes)
 
-    def decoder(self):
-        return JsonDecoder(self.library)
+    def decode(self, ids: list[int]) -> str:
+        return self.library.decode(ids, skip_special_tokens=False)
+
+    def decoder(self, prompt=()):
+        return JsonDecoder(self.library, prompt)
 
     def files(self, block_size):
-        whole = json.loads(self.state["tokenizer.json"])
         ids = self.library.get_vocab(with_added_tokens=True)
         roles = {}
         for key, value in self.settings.items():
@@ -408,11 +476,11 @@ class JsonTokenizer(Tokenizer):
             # the class that takes tokenizer.json as it is; others build their own from its words
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
-        before = whole.get("pre_tokenizer") or {}
+        before = json.loads(self.json).get("pre_tokenizer") or {}
         if "add_prefix_space" in before:  # transformers takes the word of this file over its own
             settings["add_prefix_space"] = before["add_prefix_space"]
         return {
-            "tokenizer.json": self.state["tokenizer.json"].encode(),
+            "tokenizer.json": self.json.encode(),
             "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
         }
 
@@ -420,9 +488,10 @@ class JsonTokenizer(Tokenizer):
 class JsonDecoder:
     """The package's own DecodeStream does the same, but raises on bytes that are not UTF-8."""
 
-    def __init__(self, library):
+    def __init__(self, library, prompt: list[int]):
         self.library = library
-        self.shown = []  # ids whose text is out: what a token looks like depends on those before it
+        # ids whose text is out: what a token looks like depends on those before it
+        self.shown = [*prompt]
         self.waiting = []  # ids since then
 
     def step(self, id: int) -> str:
@@ -436,6 +505,24 @@ class JsonDecoder:
     def end(self) -> str:
         decode = partial(self.library.decode, skip_special_tokens=False)
         return decode(self.shown + self.waiting)[len(decode(self.shown)) :]
+
+
+def read_settings(files: dict[str, str], place: str) -> dict:
+    """tokenizer_config.json and special_tokens_map.json as one, as transformers reads them."""
+    try:
+        settings = {**json.loads(files.get("tokenizer_config.json", "{}"))}
+        if "added_tokens_decoder" in settings:  # written by a version that doesn't need the other
+            return settings
+        return settings | {**json.loads(files.get("special_tokens_map.json", "{}"))}
+    except (ValueError, TypeError) as error:
+        names = " or ".join(SETTINGS)
+        raise UserError(f"{names} of {place} is damaged: {one_line_error(error)}") from None
+
+
+def content(token) -> str | None:
+    """The name of a token of the settings: a string, or an AddedToken written out."""
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else None
 
 
 # what comes before the names of special tokens while documents are encoded: a code point that
@@ -575,60 +662,6 @@ def memory_in_use() -> int:
 
 
 # ---- GPT-2's files ----
-
-
-def built_in_name(whole: dict) -> str | None:
-    """Which tokenizer a tokenizer.json holds: "gpt2", "bytes", or None for any other."""
-    vocab = whole["model"]["vocab"]
-    merges = whole["model"].get("merges", [])
-    if not isinstance(vocab, dict) or not is_plain(whole):
-        return None
-    if is_gpt2(vocab, merges):
-        return "gpt2"
-    return "bytes" if vocab == bytes_vocab() and not merges else None
-
-
-def is_plain(whole: dict) -> bool:
-    """Does this BPE tokenizer do with its vocabulary what GPT-2's does, and nothing else?"""
-    model = whole["model"]
-    before = whole.get("pre_tokenizer") or {}
-    after = whole.get("post_processor") or {"type": "ByteLevel"}
-    end_id = len(model["vocab"]) - (END_OF_TEXT in model["vocab"])
-    added = [
-        (token["content"], token["id"], token["lstrip"], token["rstrip"], token["single_word"])
-        for token in whole.get("added_tokens", [])
-    ]
-    changes = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-    return (
-        model.get("type", "BPE") == "BPE"
-        and not any(model.get(key) for key in (*changes, "ignore_merges"))
-        and whole.get("normalizer") is None
-        and before.get("type") == "ByteLevel"
-        and before.get("use_regex", True)
-        and not before.get("add_prefix_space")
-        and after.get("type") == "ByteLevel"
-        and added == [(END_OF_TEXT, end_id, False, False, False)]
-    )
-
-
-def content(token) -> str | None:
-    """The name of a token in tokenizer_config.json: a string, or an AddedToken written out."""
-    name = token.get("content") if isinstance(token, dict) else token
-    if name is not None and not isinstance(name, str):
-        raise ValueError(f"a token is {token!r}")
-    return name
-
-
-def is_gpt2(vocab: dict[str, int], merges: list) -> bool:
-    """Are these OpenAI's encoder.json and vocab.bpe? A merge is two words in a list, or in a
-    string."""
-    words = {END_OF_TEXT: GPT2_TOKENS - 1} | vocab
-    in_order = dict(sorted(words.items(), key=lambda word: word[1]))
-    if hashlib.sha256(json.dumps(in_order).encode()).hexdigest() != GPT2_VOCAB:
-        return False
-    lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-    text = "\n".join(["#version: 0.2", *lines]) + "\n"
-    return hashlib.sha256(text.encode()).hexdigest() == GPT2_MERGES
 
 
 def bytes_vocab() -> dict[str, int]:

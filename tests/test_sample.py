@@ -5,8 +5,10 @@ import io
 import subprocess
 import sys
 
+import pytest
 import torch
 from conftest import ROOT, script
+from test_tokenizer import KINDS, save
 
 import sample
 from GPT_Modules import GPT, GPTConfig
@@ -45,6 +47,21 @@ def test_a_character_of_several_tokens_comes_out_whole():
     model.stream = lambda *words: (torch.tensor([[byte]]) for byte in "é中🙂".encode())
     pieces = list(stream_text(model, tokenizer, "", Sampling(60)))
     assert "".join(pieces) == "é中🙂" and "�" not in "".join(pieces)
+
+
+@pytest.mark.parametrize("kind", ["Unigram", "byte fallback", "WordPiece", "GPT-2's pattern"])
+def test_the_space_between_prompt_and_continuation(kind, tmp_path):
+    """The whole is what decoding all ids gives."""
+    make, end, _ = KINDS[kind]
+    tokenizer = get_tokenizer(save(tmp_path, make(), end))
+    prompt, rest = tokenizer.encode("import the"), tokenizer.encode(" file of tokens")
+    model = GPT(SHAPE)
+    model.stream = lambda idx, *more: (torch.tensor([[id]]) for id in rest)
+    text = "import the" + "".join(stream_text(model, tokenizer, "import the", Sampling(60)))
+    whole = tokenizer.library.decode(prompt + rest, skip_special_tokens=False)
+    assert text == whole.lstrip() == "import the file of tokens"
+    begun = "".join(stream_text(model, tokenizer, "", Sampling(60)))
+    assert begun == tokenizer.library.decode(rest, skip_special_tokens=False)
 
 
 def test_prompts_from_everywhere_and_seeds(trained, tmp_path, capsys, monkeypatch):
