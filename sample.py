@@ -104,7 +104,7 @@ def read_prompt(config: SampleConfig) -> str:
     except (OSError, UnicodeError) as error:
         place = config.prompt_file or ("-" if config.prompt == "-" else "on the command line")
         raise UserError(f"the prompt {place} can't be read as UTF-8 text: {error}") from None
-    return prompt
+    return prompt.removeprefix("\ufeff")  # the byte order mark of a file
 
 
 @command

@@ -13,7 +13,7 @@ from test_tokenizer import KINDS, save
 import sample
 from GPT_Modules import GPT, GPTConfig
 from lib.tokenizer import get_tokenizer
-from sample import Sampling, stream_text
+from sample import SampleConfig, Sampling, stream_text
 
 SHAPE = GPTConfig(block_size=32, vocab_size=320, n_layer=1, n_head=2, n_embd=16)
 
@@ -62,6 +62,15 @@ def test_the_space_between_prompt_and_continuation(kind, tmp_path):
     assert text == whole.lstrip() == "import the file of tokens"
     begun = "".join(stream_text(model, tokenizer, "", Sampling(60)))
     assert begun == tokenizer.library.decode(rest, skip_special_tokens=False)
+
+
+def test_a_byte_order_mark_at_the_start_of_a_prompt_is_no_text(tmp_path, monkeypatch):
+    path = tmp_path / "prompt.txt"
+    for text, prompt in (("\ufeffdef", "def"), ("def", "def"), ("\n\ufeff", "\n\ufeff")):
+        path.write_text(text, encoding="utf-8")
+        assert sample.read_prompt(SampleConfig(prompt_file=str(path))) == prompt
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        assert sample.read_prompt(SampleConfig(prompt="-")) == prompt
 
 
 def test_prompts_from_everywhere_and_seeds(trained, tmp_path, capsys, monkeypatch):
