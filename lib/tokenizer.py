@@ -233,8 +233,7 @@ class GPT2Tokenizer(Tokenizer):
                 return [*threads.map(self.encode_array, texts)]
 
         whole = json.loads(tokenizer_json(gpt2_files()))
-        tokenizer = hide_names(whole, END_OF_TEXT)
-        return BatchEncoder(encode_in_threads, "tiktoken", tokenizer, [END_OF_TEXT])
+        return BatchEncoder(encode_in_threads, "tiktoken", hide_names(whole, END_OF_TEXT), PROBES)
 
     def decoder(self, prompt=()):
         return ByteDecoder(self.encoding.decode_single_token_bytes)
@@ -356,9 +355,8 @@ class JsonTokenizer(Tokenizer):
             self.library.post_processor = None
         if isinstance(self.library.model, models.BPE):
             self.library.model.dropout = None
-        self.json = self.library.to_str(pretty=True)
-        if self.library.to_str() == as_it_was:
-            self.json = files["tokenizer.json"]
+        is_unchanged = self.library.to_str() == as_it_was
+        self.json = files["tokenizer.json"] if is_unchanged else self.library.to_str(pretty=True)
         digest = hashlib.sha256(files["tokenizer.json"].encode()).hexdigest()
         self.identity = f"sha256:{digest}"
         ids = self.library.get_vocab(with_added_tokens=True)
@@ -399,7 +397,8 @@ class JsonTokenizer(Tokenizer):
         )
 
     def try_probes(self, place: str) -> list[str]:
-        """What it changes in texts, as notes. Raises UserError if it loses text."""
+        """Encode and decode some texts. Returns notes of what it changes in them, and raises
+        UserError if it loses one."""
         changes = []
         for text in self.probes:
             try:
@@ -420,6 +419,7 @@ class JsonTokenizer(Tokenizer):
 
     @cached_property
     def behavior(self):
+        """A digest of the vocabulary and the merges, and of what it makes of some texts."""
         whole = json.loads(self.library.to_str())
         model = {key: value for key, value in whole["model"].items() if value and key != "vocab"}
         if isinstance(whole["model"]["vocab"], list):  # Unigram's, with scores
@@ -458,7 +458,7 @@ class JsonTokenizer(Tokenizer):
         return self.library.decode(ids, skip_special_tokens=False)
 
     def decoder(self, prompt=()):
-        return JsonDecoder(self.library, prompt)
+        return JsonDecoder(self.decode, prompt)
 
     def files(self, block_size):
         ids = self.library.get_vocab(with_added_tokens=True)
@@ -488,10 +488,9 @@ class JsonTokenizer(Tokenizer):
 class JsonDecoder:
     """The package's own DecodeStream does the same, but raises on bytes that are not UTF-8."""
 
-    def __init__(self, library, prompt: list[int]):
-        self.library = library
-        # ids whose text is out: what a token looks like depends on those before it
-        self.shown = [*prompt]
+    def __init__(self, decode: Callable[[list[int]], str], prompt: list[int]):
+        self.decode = decode
+        self.shown = [*prompt]  # ids whose text is out; how a token looks depends on them
         self.waiting = []  # ids since then
 
     def step(self, id: int) -> str:
@@ -503,8 +502,7 @@ class JsonDecoder:
         return text
 
     def end(self) -> str:
-        decode = partial(self.library.decode, skip_special_tokens=False)
-        return decode(self.shown + self.waiting)[len(decode(self.shown)) :]
+        return self.decode(self.shown + self.waiting)[len(self.decode(self.shown)) :]
 
 
 def read_settings(files: dict[str, str], place: str) -> dict:
@@ -547,11 +545,10 @@ def hide_names(whole: dict, end: str) -> str:
     else:  # Unigram's
         vocab = [[hide(word), score] for word, score in model["vocab"]]
     added = [token | {"content": hide(token["content"])} for token in whole["added_tokens"]]
-    changes = {"vocab": vocab}
+    model = model | {"vocab": vocab}
     if "unk_token" in model:
-        changes["unk_token"] = hide(model["unk_token"])
-    nothing = {"truncation": None, "padding": None, "post_processor": None}
-    return json.dumps(whole | {"added_tokens": added, "model": model | changes} | nothing)
+        model["unk_token"] = hide(model["unk_token"])
+    return json.dumps(whole | {"added_tokens": added, "model": model})
 
 
 # ---- many texts at once ----
