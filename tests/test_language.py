@@ -15,9 +15,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_tokenizer import KINDS, NAMES, NAMES_ARE_WORDS, WORDS, random_texts, save
+from test_models import small_gpt2
+from test_tokenizer import (
+    KINDS,
+    NAMES,
+    NAMES_ARE_WORDS,
+    WORDS,
+    byte_level_bpe,
+    random_texts,
+    save,
+)
 from tokenizers import Tokenizer as Library
+from tokenizers import processors
 
+import export
+import sample
 from lib.checkpoint import load_checkpoint
 from lib.log import read_log
 from lib.pretrained import load_model
@@ -125,6 +137,24 @@ def test_the_pool_of_workers_killed_and_continued(kind, tmp_path):
     tokenizer = get_tokenizer(tmp_path / "data")  # in the data directory, whole
     assert tokenizer.identity == f"sha256:{manifest.tokenizer_sha256}"
     assert tokenizer.eot_token == library.token_to_id(end_name)
+
+
+def test_a_template_is_left_out_of_training_and_of_what_is_published(tmp_path, capsys):
+    """transformers' pipeline and sample.py continue a prompt with the same text."""
+    from transformers import pipeline
+
+    library = byte_level_bpe(special=["<s>", "</s>"])
+    template = {"single": "<s> $A </s>", "special_tokens": [("<s>", 0), ("</s>", 1)]}
+    library.post_processor = processors.TemplateProcessing(**template)
+    small_gpt2().save_pretrained(save(tmp_path / "model", library, "</s>"))
+    assert export.main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")]) == 0
+    words = ["--num_samples=1", "--max_new_tokens=12", "--temperature=0"]
+    generator = pipeline("text-generation", model=str(tmp_path / "out"))
+    for prompt in ("import numpy", "def main(", "The"):
+        capsys.readouterr()
+        assert sample.main([prompt, "--model", str(tmp_path / "model"), *words]) == 0
+        [answer] = generator(prompt, max_new_tokens=12, do_sample=False)
+        assert capsys.readouterr().out == answer["generated_text"] + "\n"
 
 
 @pytest.mark.slow
