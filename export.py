@@ -125,9 +125,9 @@ def last_measured(points: list[tuple[int, float]], step: int) -> Measured | None
 def example(tokenizer: Tokenizer, block_size: int) -> tuple[str, int]:
     """(Python expression of a prompt, tokens to add) for the card, so that both fit into the
     context."""
-    room = block_size - len(tokenizer.encode(tokenizer.prompt)) - 2  # a template may add two tokens
+    room = block_size - len(tokenizer.encode(tokenizer.prompt))
     if not tokenizer.prompt or room < 1:
-        return "generator.tokenizer.eos_token", max(1, min(50, block_size - 3))
+        return "generator.tokenizer.eos_token", max(1, min(50, block_size - 1))
     return json.dumps(tokenizer.prompt), min(50, room)
 
 
