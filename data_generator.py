@@ -35,7 +35,6 @@ from lib.cli import PositiveInt, UserError, command, count, one_line_error, pars
 from lib.documents import (
     NetworkFault,
     NotText,
-    Place,
     documents,
     hub_commit,
     hub_files,
@@ -59,7 +58,7 @@ from lib.tokenizer import Tokenizer, get_tokenizer
 FINEWEB_EDU_10B_TOKENS = 9_950_000_000  # of sample-10BT, about
 BATCH = 256  # documents that go to a worker at a time, or fewer that have
 BATCH_CHARACTERS = 2**23  # together
-SHOWN = 3  # documents that are left out, of which the place is said
+MAX_SKIPPED_SHOWN = 3  # skipped documents whose location is printed
 PAUSES = (10, 60, 300)  # seconds before each new try after a network fault
 FIRST_PAUSES = (1, 2)  # the same, before anything is found
 
@@ -73,7 +72,7 @@ class DataConfig:
     split: str = "train"  # split of the Hub data set
     text_field: str = "text"  # field or column that holds a document; meta.text: inside another
     revision: str | None = None  # commit or branch of the Hub data set (default: its newest commit)
-    skip_bad: bool = False  # leave out documents that are no text, and count them
+    skip_bad: bool = False  # skip documents that are no texts, and count them
     # the shards
     data_dir: str = DATA_DIR  # directory to write
     shard_size: PositiveInt = 100_000_000  # tokens in a shard; shard 0 is for validation
@@ -123,14 +122,15 @@ def pydoc_documents() -> list[str]:
     return texts
 
 
-def pydoc_from(place: Place):
+def pydoc_from(place: tuple[int, int]):
     """Yield (text, place after it) of Python's documentation."""
-    texts = itertools.islice(pydoc_documents(), place.document, None)
-    for read, text in enumerate(texts, start=place.document + 1):
-        yield text, Place(0, read)
+    _, skip = place
+    texts = itertools.islice(pydoc_documents(), skip, None)
+    for read, text in enumerate(texts, start=skip + 1):
+        yield text, (0, read)
 
 
-def hub_documents(config: DataConfig, revision: str, place: Place):
+def hub_documents(config: DataConfig, revision: str, place: tuple[int, int]):
     """Yield (document, place after it) of a data set of the Hub. Where the network fails, reading
     begins again from the same document."""
     name = hub_name(config)
@@ -192,33 +192,29 @@ def describe_source(config: DataConfig, manifest: Manifest | None) -> str | None
     return first_found(config, lambda: hub_commit(config.dataset, config.revision))
 
 
-def batches_of(found, position: Position, skip_bad: bool, left_out: list[NotText]):
-    """Yield (texts, position after them), a batch at a time, of (document, place after it).
-
-    What is not a text raises UserError, or with skip_bad is counted, and the first ones join
-    `left_out`.
-    """
+def batches_of(found, position: Position, skip_bad: bool):
+    """Yield (texts, position after them, what was skipped among them), a batch at a time, of
+    (document, place after it). Raises UserError for what is not a text, unless skip_bad."""
     texts = []
+    not_texts = []
     characters = 0
+    place = position.file, position.document
     skipped = position.skipped
-    place = Place(position.file, position.document)
     for document, place in found:
-        if isinstance(document, NotText):
-            if not skip_bad:
-                raise UserError(
-                    f"{document}\nHINT: --skip_bad leaves such documents out and counts them"
-                )
-            skipped += 1
-            if len(left_out) < SHOWN:
-                left_out.append(document)
-        else:
+        if isinstance(document, str):
             texts.append(document)
             characters += len(document)
+        elif skip_bad:
+            not_texts.append(document)
+            skipped += 1
+        else:
+            raise UserError(f"{document}\nHINT: --skip_bad skips such documents and counts them")
         if len(texts) == BATCH or characters >= BATCH_CHARACTERS:
-            yield texts, Position(*place, skipped)
+            yield texts, Position(*place, skipped), not_texts
             texts = []
+            not_texts = []
             characters = 0
-    yield texts, Position(*place, skipped)
+    yield texts, Position(*place, skipped), not_texts
 
 
 # ---- tokens: a pool of processes, documents in and arrays out, in order ----
@@ -254,8 +250,8 @@ def start_pool(config: DataConfig, what: str) -> concurrent.futures.ProcessPoolE
         if error.errno == errno.EAGAIN:  # what fork says of too many processes
             raise UserError(f"--num_proc {config.num_proc}: {error.strerror}", code=1) from None
         raise UserError(
-            f"no process can be started that tokenizes: {one_line_error(error)}; they need semaphores,"
-            " which Linux keeps in /dev/shm.\nHINT: make /dev/shm writable (docker run --shm-size)",
+            f"no process can be started that tokenizes: {one_line_error(error)}; they need"
+            " semaphores, which Linux keeps in /dev/shm.\nHINT: make /dev/shm writable (docker run --shm-size)",
             code=1,
         ) from None
     # before Python 3.11.5 a pool with a killed worker waits for ever to hand over a batch
@@ -265,27 +261,27 @@ def start_pool(config: DataConfig, what: str) -> concurrent.futures.ProcessPoolE
 
 
 def tokenized(batches, pool, directory: str, in_flight: int):
-    """(tokens, position after the batch) for each (texts, position) of `batches`, in order, at most
+    """(tokens, position after the batch, what was skipped) for each batch, in order, at most
     `in_flight` ahead.
 
     The tokens come in files of `directory`: a worker that is killed while it sends an array through
     the pool's pipe would leave the pool waiting for the rest of it for ever.
     """
     pending = collections.deque()
-    for number, (texts, position) in enumerate(batches):
+    for number, (texts, *rest) in enumerate(batches):
         path = os.path.join(directory, str(number))
-        pending.append((pool.submit(encode_documents, texts, path), path, position))
+        pending.append((pool.submit(encode_documents, texts, path), path, *rest))
         if len(pending) > in_flight:
             yield collect(*pending.popleft())
     while pending:
         yield collect(*pending.popleft())
 
 
-def collect(future, path: str, position: Position) -> tuple[np.ndarray, Position]:
+def collect(future, path: str, position: Position, not_texts: list[NotText]):
     future.result()
     tokens = np.fromfile(path, dtype=np.uint16)
     os.unlink(path)
-    return tokens, position
+    return tokens, position, not_texts
 
 
 # ---- the shards ----
@@ -393,13 +389,13 @@ def check_space(config: DataConfig, written: int) -> None:
 
 
 def generate(config: DataConfig, manifest: Manifest, tokenizer: Tokenizer) -> list[NotText]:
-    """Write the shards that the manifest does not have yet; returns the first of the documents that
-    were left out. Raises UserError as ShardWriter does, and for a source that fills no more than
+    """Write the shards that the manifest does not have yet; returns the first documents that were
+    skipped. Raises UserError as ShardWriter does, and for a source that fills no more than
     the validation shard."""
     writer = ShardWriter(config.data_dir, manifest, tokenizer.eot_token)
     position = manifest.position or Position()
-    place = Place(position.file, position.document)
-    left_out = []
+    place = position.file, position.document
+    skipped = []  # the first documents that are no texts
     with (
         tempfile.TemporaryDirectory(
             prefix="tokens-", suffix=".tmp", dir=config.data_dir
@@ -415,8 +411,8 @@ def generate(config: DataConfig, manifest: Manifest, tokenizer: Tokenizer) -> li
             found = documents(files, config.text_field, place)
         else:
             found = hub_documents(config, manifest.revision, place)
-        batches = batches_of(found, position, config.skip_bad, left_out)
-        for tokens, position_after in tokenized(
+        batches = batches_of(found, position, config.skip_bad)
+        for tokens, position_after, not_texts in tokenized(
             batches, pool, directory, in_flight=2 * config.num_proc
         ):
             if config.max_tokens is not None:
@@ -425,6 +421,7 @@ def generate(config: DataConfig, manifest: Manifest, tokenizer: Tokenizer) -> li
             bar.set_postfix_str(f"shard {len(manifest.shards)}", refresh=False)
             bar.update(writer.tokens - bar.n)
             position = position_after
+            skipped = (skipped + not_texts)[:MAX_SKIPPED_SHOWN]
             if writer.tokens == config.max_tokens:
                 pool.shutdown(cancel_futures=True)
                 break
@@ -433,7 +430,7 @@ def generate(config: DataConfig, manifest: Manifest, tokenizer: Tokenizer) -> li
         if writer.tokens == 0:
             raise UserError(
                 f"{config.dataset} has no documents"
-                + (f" but {count(position.skipped, 'document')} left out" if left_out else "")
+                + (f" but {count(position.skipped, 'document')} skipped" if skipped else "")
             )
         raise UserError(
             f"{config.dataset} has {writer.tokens:,} tokens, which all fit into shard 0, the"
@@ -441,7 +438,7 @@ def generate(config: DataConfig, manifest: Manifest, tokenizer: Tokenizer) -> li
             f"HINT: --shard_size {max(1, writer.tokens // 10)}"
         )
     writer.finish(position.skipped)
-    return left_out
+    return skipped
 
 
 def verify(config: DataConfig) -> None:
@@ -482,7 +479,7 @@ def write_data_set(config: DataConfig) -> Manifest:
         )
         try:
             keep_tokenizer(config.data_dir, tokenizer)
-            left_out = generate(config, manifest, tokenizer)
+            skipped = generate(config, manifest, tokenizer)
         except concurrent.futures.BrokenExecutor:
             raise UserError(
                 "a tokenizing process was killed (out of memory?).\n"
@@ -494,9 +491,9 @@ def write_data_set(config: DataConfig) -> Manifest:
             raise UserError(
                 f"{message}\nHINT: make room and run the same command again", code=1
             ) from None
-    if left_out:
-        print(f"left out, as no texts: {count(manifest.skipped, 'document')}; the first here:")
-        for document in left_out:
+    if skipped:
+        print(f"skipped, as no texts: {count(manifest.skipped, 'document')}; the first here:")
+        for document in skipped:
             print(f"    {document}")
     return manifest
 

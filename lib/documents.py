@@ -1,4 +1,4 @@
-"""Documents, wherever they lie: one reader for local files and the Hub's, from any place on.
+"""Documents: the texts in files, local or on the Hub, from any place on.
 
     files = local_files("texts/*.jsonl.gz")              # or hub_files("org/name", split="train")
     for document, place in documents(files, "text"): ... # each a str, or NotText
@@ -11,28 +11,27 @@
 | .parquet             | the column of a row                                            |
 | .csv .tsv            | the column of a row; the first row names the columns           |
 
-each plain or .gz .bz2 .xz .zst, in capitals too. Texts are UTF-8. A field may lie inside another:
-`meta.text`. Files without a document are passed, and what stands in other fields does not matter.
+all but .parquet plain or .gz .bz2 .xz .zst, in capitals too. Texts are UTF-8. A field may be inside
+another: `meta.text`. Files without a document are skipped; other fields and columns don't matter.
 
-A text is read as what it is, or given as NotText, which says where it stands and what is there; a
-file that can't be read is a UserError, and a network that fails a NetworkFault. So nobody takes one
-for another.
+A document is yielded as a str, or as NotText, which says where it is and what was found. A file
+that can't be read raises UserError, a network that fails NetworkFault.
 """
 
 import bz2
 import contextlib
 import csv
+import functools
 import glob
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
-import shutil
 import tempfile
 import zlib
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from lib.cli import UserError, one_line_error
 
@@ -50,22 +49,12 @@ READ_ERRORS = (  # what damaged files raise, pyarrow's errors included
 )
 
 
-class Place(NamedTuple):
-    """Where reading goes on: how many documents of the file of that number are read."""
-
-    file: int = 0
-    document: int = 0
-
-
-START = Place()
-
-
 @dataclass(frozen=True)
 class NotText:
-    """A document that is no text: where it stands, and what is there."""
+    """What was found where a text should be."""
 
-    where: str
-    what: str
+    what: str  # text is the number 4, not a text
+    where: str = ""  # mine.jsonl line 4; file_documents adds it
 
     def __str__(self):
         return f"{self.where}: {self.what}"
@@ -75,146 +64,118 @@ class NetworkFault(Exception):
     """The network, or the Hub behind it, failed: the same may work later."""
 
 
-def documents(files: list[str], text_field: str, place: Place = START):
-    """Yield (document, place after it) for each document of the files from a place on; a document
-    is a str or NotText. Raises UserError for a file that can't be read, or NetworkFault."""
-    for number in range(place.file, len(files)):
-        read = place.document if number == place.file else 0
-        for document in file_documents(files[number], text_field, read):
-            read += 1
-            yield document, Place(number, read)
+def documents(files: list[str], text_field: str, place: tuple[int, int] = (0, 0)):
+    """Yield (document, place after it) for each document of the files from a place on.
+
+    A document is a str or NotText. A place is (number of the file, documents of it that are read).
+    Raises UserError for a file that can't be read, or NetworkFault.
+    """
+    first, skip = place
+    for number in range(first, len(files)):
+        found = file_documents(files[number], text_field, skip)
+        for read, document in enumerate(found, start=skip + 1):
+            yield document, (number, read)
+        skip = 0
 
 
 def file_documents(path: str, text_field: str, skip: int):
-    """Yield the documents of one file but for the first `skip`."""
+    """Yield the documents of one file after the first `skip`."""
     read = READERS[file_type(path)]
     try:
         with opened(path) as file:
             if not file.peek(1):
                 return
-            for where, found in read(file, text_field, skip):
-                what = what_is_wrong(found, text_field)
-                yield NotText(f"{path}{where}", what) if what else found
+            if read is parquet_documents:  # which finds the place by itself, and faster
+                found = read(file, text_field, skip)
+            else:
+                found = itertools.islice(read(file, text_field), skip, None)
+            for where, document in found:
+                if isinstance(document, NotText):
+                    document = NotText(document.what, f"{path}{where}")
+                yield document
+    except UserError as error:  # of a reader, which says where in the file
+        raise UserError(f"{path}{error}") from None
     except READ_ERRORS as error:
         raise UserError(f"{path} can't be read: {one_line_error(error)}") from None
-    except WrongFile as error:
-        raise UserError(f"{path}{error}") from None
 
 
-class WrongFile(Exception):
-    """A file whose documents can't be told from each other, or that lacks the field."""
+# ---- the readers: each yields (where in the file, str or NotText) ----
 
 
-# ---- what a document is: each reader yields (where it stands in the file, what stands there) ----
-
-
-class Wrong(str):
-    """What stands in place of a text, in words."""
-
-
-def what_is_wrong(found, text_field: str) -> str:
-    """Why a value is not a text, in words; "" if it is one."""
-    if isinstance(found, Wrong):
-        return found
-    if isinstance(found, str):
-        return ""
+def text_or_not(value, text_field: str) -> str | NotText:
+    """A value of a field or a column, if it is a text that UTF-8 can hold."""
+    if isinstance(value, str):
+        try:
+            if not value.isascii():
+                value.encode()
+            return value
+        except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can escape
+            code = ord(value[error.start])
+            return NotText(f"{text_field} has a lone surrogate, U+{code:04X}, which no UTF-8 has")
     kinds = {bool: "", type(None): "", dict: "the object ", list: "the list ", bytes: "the bytes "}
-    kind = kinds.get(type(found), "the number " if isinstance(found, int | float) else "the value ")
-    shown = json.dumps(found, default=str, ensure_ascii=True)
-    return f"{text_field} is {kind}{shown if len(shown) < 50 else shown[:50] + '...'}, not a text"
+    kind = kinds.get(type(value), "the number " if isinstance(value, int | float) else "the value ")
+    shown = json.dumps(value, default=str)
+    shown = shown if len(shown) < 50 else shown[:50] + "..."
+    return NotText(f"{text_field} is {kind}{shown}, not a text")
 
 
-def not_utf8(error: UnicodeDecodeError) -> Wrong:
-    byte = error.object[error.start]
-    return Wrong(f"it is not UTF-8: byte 0x{byte:02X} at place {error.start} ({error.reason})")
-
-
-def text_document(file, text_field: str, skip: int):
-    if skip:
-        return
+def decoded(content: bytes) -> str | NotText:
     try:
-        text = file.read().removeprefix(BOM).decode()
+        return content.decode()
     except UnicodeDecodeError as error:
-        yield "", not_utf8(error)
-        return
-    if text:
-        yield "", text
+        byte = content[error.start]
+        return NotText(
+            f"it is not UTF-8: byte 0x{byte:02X} at place {error.start} ({error.reason})"
+        )
 
 
-def json_documents(file, text_field: str, skip: int):
+def text_document(file, text_field: str):
+    if content := file.read().removeprefix(BOM):
+        yield "", decoded(content)
+
+
+def json_documents(file, text_field: str):
     """One object a line, or one array of objects, which is read as a whole."""
     if file.peek(64)[:64].removeprefix(BOM).lstrip()[:1] == b"[":
-        content = file.read()
         try:
-            rows = read_json(content.removeprefix(BOM))
+            rows = json.loads(file.read().removeprefix(BOM).decode())
         except json.JSONDecodeError as error:
-            if error.msg != "Extra data":  # which is lines that are arrays
-                at = f" line {error.lineno}"
-                raise WrongFile(f"{at}: the array is not JSON: {error.msg}") from None
-        else:
-            for number, row in enumerate(rows[skip:], start=skip + 1):
-                yield f" element {number}", json_text(row, text_field)
-            return
-        file = io.BytesIO(content)
-    read = 0
+            raise UserError(f" line {error.lineno}: the array is not JSON: {error.msg}") from None
+        for number, row in enumerate(rows, start=1):
+            yield f" element {number}", json_text(row, text_field)
+        return
     for number, line in enumerate(file, start=1):
         if number == 1:
             line = line.removeprefix(BOM)
-        line = line.rstrip()
-        if not line:
-            continue
-        read += 1
-        if read <= skip:
-            continue
-        try:
-            yield f" line {number}", json_text(read_json(line), text_field)
-        except UnicodeDecodeError as error:
-            yield f" line {number}", not_utf8(error)
-        except json.JSONDecodeError as error:
-            yield f" line {number}", Wrong(f"it is not JSON: {error.msg} at place {error.pos}")
-        except RecursionError:
-            yield f" line {number}", Wrong("it is not JSON that can be read: it is nested too deep")
+        if line := line.rstrip():
+            yield f" line {number}", line_text(line, text_field)
 
 
-def read_json(content: bytes):
-    text = content.decode()
+def line_text(line: bytes, text_field: str) -> str | NotText:
+    """The document of a line of JSON."""
+    text = decoded(line)
+    if isinstance(text, NotText):
+        return text
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        raise
-    except ValueError:  # an int of more than 4,300 digits, perhaps in a field that nobody asked for
-        return json.loads(text, parse_int=float)
+        return json_text(json.loads(text), text_field)
+    except json.JSONDecodeError as error:
+        return NotText(f"it is not JSON: {error.msg} at place {error.pos}")
+    except RecursionError:
+        return NotText("it is not JSON that can be read: it is nested too deep")
 
 
-def json_text(row, text_field: str):
-    """The field of a row; Wrong if a text has half of a surrogate pair, which JSON can escape."""
-    found = field_of(row, text_field)
-    if isinstance(found, str) and not found.isascii():
-        try:
-            found.encode()
-        except UnicodeEncodeError as error:
-            code = ord(found[error.start])
-            return Wrong(f"{text_field} has a lone surrogate, U+{code:04X}, which no UTF-8 has")
-    return found
-
-
-def field_of(row, text_field: str):
-    """row[text_field], or for `meta.text` row["meta"]["text"]; Wrong where there is none."""
-    if isinstance(row, dict) and text_field in row:
-        return row[text_field]
-    found = row
-    for name in text_field.split("."):
-        if not isinstance(found, dict) or name not in found:
-            if isinstance(row, dict):
-                return Wrong(no_field(text_field, list(row)))
-            return Wrong(f"it is {shown_type(row)}, not an object with the field {text_field}")
-        found = found[name]
-    return found
-
-
-def shown_type(row) -> str:
-    names = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return names.get(type(row), "a number")
+def json_text(row, text_field: str) -> str | NotText:
+    """row[text_field], or for `meta.text` row["meta"]["text"]."""
+    if not isinstance(row, dict):
+        names = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+        kind = names.get(type(row), "a number")
+        return NotText(f"it is {kind}, not an object with the field {text_field}")
+    value = row
+    for name in [text_field] if text_field in row else text_field.split("."):
+        if not isinstance(value, dict) or name not in value:
+            return NotText(no_field(text_field, list(row)))
+        value = value[name]
+    return text_or_not(value, text_field)
 
 
 def parquet_documents(file, text_field: str, skip: int):
@@ -231,7 +192,7 @@ def parquet_documents(file, text_field: str, skip: int):
     fields = table.schema_arrow
     for name in path:
         if fields is None or fields.get_field_index(name) < 0:
-            raise WrongFile(": " + no_field(text_field, names))
+            raise UserError(": " + no_field(text_field, names))
         kind = fields.field(name).type
         fields = kind if pyarrow.types.is_struct(kind) else None
     row = 0
@@ -247,36 +208,21 @@ def parquet_documents(file, text_field: str, skip: int):
             for name in path[1:]:
                 column = pyarrow.compute.struct_field(column, name)
             start = max(0, skip - row)
-            for found in values(column[start:]):
-                start += 1
-                yield f" row {row + start}", found
+            for number, document in enumerate(column_documents(column[start:], text_field), 1):
+                yield f" row {row + start + number}", document
             row += len(column)
 
 
-def values(column) -> list:
-    """The values of a column; Wrong for those that should be UTF-8 and are not."""
+def column_documents(column, text_field: str):
+    """The documents of a column of pyarrow."""
     try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return [value_of(scalar) for scalar in column]
+        return [text_or_not(value, text_field) for value in column.to_pylist()]
+    except UnicodeDecodeError:  # some writers call any bytes a string
+        values = column.cast("binary").to_pylist()
+    return [text_or_not(v, text_field) if v is None else decoded(v) for v in values]
 
 
-def value_of(scalar):
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError as error:
-        return not_utf8(error)
-
-
-def csv_documents(file, text_field: str, skip: int):
-    return separated_documents(file, text_field, skip, ",")
-
-
-def tsv_documents(file, text_field: str, skip: int):
-    return separated_documents(file, text_field, skip, "\t")
-
-
-def separated_documents(file, text_field: str, skip: int, delimiter: str):
+def separated_documents(file, text_field: str, delimiter: str):
     # a byte that is not UTF-8 becomes a surrogate, so that it matters in this column alone
     text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
     csv.field_size_limit(2**31 - 1)  # characters of a field
@@ -284,33 +230,21 @@ def separated_documents(file, text_field: str, skip: int, delimiter: str):
     try:
         names = next(rows, [])
         if names and names.count(text_field) != 1:
-            raise WrongFile(": " + no_field(text_field, names))
-        read = 0
+            raise UserError(": " + no_field(text_field, names))
         end = rows.line_num
         for cells in rows:
             line = end + 1
             end = rows.line_num
             if not cells:
                 continue
-            read += 1
-            if read <= skip:
-                continue
-            if len(cells) != len(names):
-                found = Wrong(f"it has {len(cells)} cells, the first line names {len(names)}")
+            if len(cells) == len(names):
+                cell = cells[names.index(text_field)]
+                yield f" line {line}", decoded(cell.encode("utf-8", "surrogateescape"))
             else:
-                found = cells[names.index(text_field)]
-                if not found.isascii():
-                    found = without_escapes(found)
-            yield f" line {line}", found
+                what = f"it has {len(cells)} cells, the first line names {len(names)}"
+                yield f" line {line}", NotText(what)
     except csv.Error as error:
-        raise WrongFile(f" line {rows.line_num}: it is not CSV: {error}") from None
-
-
-def without_escapes(found: str) -> str:
-    try:
-        return found.encode("utf-8", "surrogateescape").decode()
-    except UnicodeDecodeError as error:
-        return not_utf8(error)
+        raise UserError(f" line {rows.line_num}: it is not CSV: {error}") from None
 
 
 def no_field(text_field: str, names: list[str]) -> str:
@@ -327,8 +261,8 @@ READERS = {
     ".ndjson": json_documents,
     ".json": json_documents,
     ".parquet": parquet_documents,
-    ".csv": csv_documents,
-    ".tsv": tsv_documents,
+    ".csv": functools.partial(separated_documents, delimiter=","),
+    ".tsv": functools.partial(separated_documents, delimiter="\t"),
 }
 SAME_TYPE = {".ndjson": ".jsonl", ".json": ".jsonl"}
 
@@ -348,9 +282,10 @@ UNPACK = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zst
 
 
 def file_type(path: str) -> str:
-    """texts/A.JSONL.gz -> .jsonl"""
+    """texts/A.JSONL.gz -> .jsonl; but a.parquet.gz -> .gz, since .parquet compresses by itself."""
     stem, suffix = os.path.splitext(path.lower())
-    return os.path.splitext(stem)[1] if suffix in UNPACK else suffix
+    inner = os.path.splitext(stem)[1]
+    return inner if suffix in UNPACK and inner != ".parquet" else suffix
 
 
 @contextlib.contextmanager
@@ -364,11 +299,6 @@ def opened(path: str):
         suffix = os.path.splitext(path.lower())[1]
         if suffix in UNPACK and file.peek(1):
             file = stack.enter_context(UNPACK[suffix](file))
-            if file_type(path) == ".parquet":  # whose end is read first: unpacked onto the disk
-                whole = stack.enter_context(tempfile.TemporaryFile())
-                shutil.copyfileobj(file, whole)
-                whole.seek(0)
-                file = io.BufferedReader(whole)
         yield file
 
 
@@ -460,7 +390,7 @@ def check_types(dataset: str, files: list[str], pattern: str) -> None:
     of one type with the suffix behind it."""
     for file in files:
         if file_type(file) not in READERS:
-            packed = f", each plain or {' '.join(UNPACK)}"
+            packed = f", all but .parquet plain or {' '.join(UNPACK)}"
             raise UserError(f"--dataset {dataset}: {file} is none of {' '.join(READERS)}{packed}")
     suffixes = list(dict.fromkeys(file_type(file) for file in files))
     if len({SAME_TYPE.get(suffix, suffix) for suffix in suffixes}) > 1:

@@ -20,7 +20,7 @@ from conftest import ROOT
 from hub import COMMIT, Hub
 
 from lib.cli import UserError
-from lib.documents import NotText, Place, documents, file_type, local_files
+from lib.documents import NotText, documents, file_type, local_files
 
 TEXTS = [
     "plain words",
@@ -93,7 +93,11 @@ COMPRESSIONS = {
     ".xz": lzma.compress,
     ".zst": zstandard,
 }
-CASES = list(itertools.product(FORMATS, COMPRESSIONS))
+CASES = [
+    (name, suffix)
+    for name, suffix in itertools.product(FORMATS, COMPRESSIONS)
+    if not (name[0] == "d" and suffix)  # a .parquet has its compression inside
+]
 
 
 def write(directory, name, suffix, texts) -> str:
@@ -116,10 +120,10 @@ def test_the_texts_that_went_in(name, suffix, tmp_path):
     files = 2 * [write(tmp_path, name, suffix, texts)]
     found = list(documents(files, "text"))
     assert [text for text, _ in found] == 2 * texts
-    places = [Place(0, 0), *(place for _, place in found)]
-    assert places[-1] == Place(1, len(texts)) and len(set(places)) == len(places)
+    places = [(0, 0), *(place for _, place in found)]
+    assert places[-1] == (1, len(texts)) and len(set(places)) == len(places)
     for n, place in enumerate(places):
-        assert list(documents(files, "text", Place(*place))) == found[n:]
+        assert list(documents(files, "text", place)) == found[n:]
 
 
 def test_the_same_from_the_hub(tmp_path):
@@ -179,7 +183,7 @@ def test_random_texts_in_every_format(tmp_path):
             for _ in range(dice.randint(1, 30))
         ]
         name = dice.choice([name for name in FORMATS if name[0] not in "gh"])
-        suffix = dice.choice(list(COMPRESSIONS))
+        suffix = dice.choice([suffix for case, suffix in CASES if case == name])
         directory = tmp_path / str(number)
         directory.mkdir()
         file = write(directory, name, suffix, texts)
@@ -216,7 +220,7 @@ def test_files_without_documents_are_passed(name, suffix, tmp_path):
         files.append(str(path))
     (tmp_path / "last").mkdir()
     files.append(write(tmp_path / "last", name, suffix, ["a text"]))
-    assert list(documents(files, "text")) == [("a text", Place(len(contents), 1))]
+    assert list(documents(files, "text")) == [("a text", (len(contents), 1))]
 
 
 # ---- what is no text ----
@@ -242,7 +246,7 @@ def test_json_that_is_no_text(kind, found, tmp_path):
     path.write_text("\n\n".join(rows) if kind == "lines" else f"[{','.join(rows)}]")
     where = f"{path} line 3" if kind == "lines" else f"{path} element 2"
     got = [document for document, _ in documents([str(path)], "text")]
-    assert got == ["one", NotText(where, NO_TEXT[found]), "three"]
+    assert got == ["one", NotText(NO_TEXT[found], where), "three"]
     assert str(got[1]) == f"{where}: {NO_TEXT[found]}"
 
 
@@ -257,6 +261,7 @@ LINES = {  # a line that holds no document -> what is said
     b'["text"]': "it is a list, not an object with the field text",
     b'"text"': "it is a text, not an object with the field text",
     b"null": "it is null, not an object with the field text",
+    rb'{"\ud800x": "hello"}': "--text_field text: there is no such field; it has \ud800x",
     b'{"text": ' + b"[" * 100_000: "it is not JSON that can be read: it is nested too deep",
 }
 
@@ -268,7 +273,11 @@ def test_lines_that_hold_no_document(line, first, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join([line, good] if first else [good, line]))
     number = 1 if first else 2
-    bad = NotText(f"{path} line {number}", LINES[line])
+    if first and line.startswith(b"["):  # such a file is an array, and that is all of it
+        with pytest.raises(UserError, match="line 2: the array is not JSON: Extra data"):
+            next(documents([str(path)], "text"))
+        return
+    bad = NotText(LINES[line], f"{path} line {number}")
     got = [document for document, _ in documents([str(path)], "text")]
     assert got == ([bad, "good"] if first else ["good", bad])
 
@@ -297,7 +306,7 @@ def test_parquet_values_that_are_no_text(tmp_path):
         path = tmp_path / f"{name}.parquet"
         pq.write_table(pa.table({"text": column}), path)
         first, _ = next(documents([str(path)], "text"))
-        assert first == NotText(f"{path} row 1", said[0])
+        assert first == NotText(said[0], f"{path} row 1")
 
 
 def test_parquet_strings_that_are_not_utf8(tmp_path):
@@ -307,7 +316,7 @@ def test_parquet_strings_that_are_not_utf8(tmp_path):
     pq.write_table(pa.table({"text": texts}), path)
     said = "it is not UTF-8: byte 0xE9 at place 6 (unexpected end of data)"
     got = [document for document, _ in documents([str(path)], "text")]
-    assert got == ["one", NotText(f"{path} row 2", said), "three"]
+    assert got == ["one", NotText(said, f"{path} row 2"), "three"]
 
 
 @pytest.mark.parametrize("form", [pa.string(), pa.large_string(), pa.string_view(), "dictionary"])
@@ -340,7 +349,7 @@ def test_csv(rows, tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b"id,text\n" + rows.encode())
     expected = [
-        row if isinstance(row, str) else NotText(f"{path} {row[0]}", row[1]) for row in CSV[rows]
+        row if isinstance(row, str) else NotText(row[1], f"{path} {row[0]}") for row in CSV[rows]
     ]
     assert [document for document, _ in documents([str(path)], "text")] == expected
 
@@ -350,7 +359,7 @@ def test_csv_bytes_that_are_not_utf8_matter_in_their_column_alone(tmp_path):
     path.write_bytes(b"id,text\n\xe9,good \xc3\xa9\n2,bad \xe9 byte\n")
     said = "it is not UTF-8: byte 0xE9 at place 4 (invalid continuation byte)"
     got = [document for document, _ in documents([str(path)], "text")]
-    assert got == ["good é", NotText(f"{path} line 3", said)]
+    assert got == ["good é", NotText(said, f"{path} line 3")]
 
 
 @pytest.mark.parametrize(
@@ -374,25 +383,23 @@ def test_a_text_file_that_is_not_utf8(name, tmp_path):
     path.write_bytes(b"\xef\xbb\xbflatin \xe9")
     ((document, place),) = documents([str(path)], "text")
     said = "it is not UTF-8: byte 0xE9 at place 6 (unexpected end of data)"
-    assert document == NotText(str(path), said) and place == Place(0, 1)
+    assert document == NotText(said, str(path)) and place == (0, 1)
 
 
 # ---- other fields ----
 
 
 def test_what_stands_in_other_fields_does_not_matter(tmp_path):
-    """Types that differ from row to row and file to file, an int of 5,000 digits, columns of any
-    kind."""
+    """Types that differ from row to row and file to file, columns of any kind."""
     rows = [
         {"text": "a", "id": 1},
         {"id": "x", "text": "b", "more": [1, {"text": 4}]},
         {"text": "c", "id": None},
     ]
-    lines = [json.dumps(row) for row in rows] + ['{"id": ' + "9" * 5000 + ', "text": "d"}']
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "e", "id": {"deep": True}}))
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "d", "id": {"deep": True}}))
     files = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
-    assert [text for text, _ in documents(files, "text")] == list("abcde")
+    assert [text for text, _ in documents(files, "text")] == list("abcd")
     columns = [{"id": [1, 2]}, {"id": ["x", None]}, {"id": [[1.5], []]}, {}]
     files = []
     for number, more in enumerate(columns):
@@ -412,13 +419,13 @@ def test_a_field_inside_another(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     got = [document for document, _ in documents([str(tmp_path / "a.jsonl")], "meta.text")]
     said = "--text_field meta.text: there is no such field; it has meta"
-    lines = [NotText(f"{tmp_path}/a.jsonl line {n}", said) for n in (3, 4)]
+    lines = [NotText(said, f"{tmp_path}/a.jsonl line {n}") for n in (3, 4)]
     assert got == ["a", "b", *lines]
     inside = [{"text": "a", "n": 1}, None, {"text": None, "n": 3}, {"text": "d", "n": 4}]
     pq.write_table(pa.table({"meta": inside, "id": [1, 2, 3, 4]}), tmp_path / "a.parquet")
     got = [document for document, _ in documents([str(tmp_path / "a.parquet")], "meta.text")]
     said = "meta.text is null, not a text"
-    rows = [NotText(f"{tmp_path}/a.parquet row {n}", said) for n in (2, 3)]
+    rows = [NotText(said, f"{tmp_path}/a.parquet row {n}") for n in (2, 3)]
     assert got == ["a", *rows, "d"]
     pq.write_table(pa.table({"meta.text": ["whole name"], "meta": ["no"]}), tmp_path / "b.parquet")
     assert next(documents([str(tmp_path / "b.parquet")], "meta.text"))[0] == "whole name"
@@ -497,6 +504,7 @@ def test_files_of_a_glob(tmp_path, monkeypatch):
 def test_the_type_of_a_file():
     assert file_type("a.b/C.JSONL.Gz") == ".jsonl" and file_type("a.parquet") == ".parquet"
     assert file_type("a.gz") == "" and file_type("a.txt.zip") == ".zip"
+    assert file_type("a.parquet.gz") == ".gz"  # which is none that is read
 
 
 # ---- what local files need ----
@@ -524,9 +532,7 @@ sys.exit(data_generator.main(words))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind", ["a.jsonl", "a.jsonl.zst", "a.parquet", "a.csv.gz", "a.parquet.gz"]
-)
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.jsonl.zst", "a.parquet", "a.csv.gz"])
 def test_memory_does_not_grow_with_the_file(kind, tmp_path):
     """100 MB of texts, in .parquet as one row group, cost less than 60 MB."""
     texts = ["some words of a document " * 200] * 20_000
