@@ -32,15 +32,9 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.cli import PositiveInt, UserError, command, count, one_line_error, parse
-from lib.documents import (
-    NetworkFault,
-    NotText,
-    documents,
-    hub_commit,
-    hub_files,
-    local_files,
-)
+from lib.documents import NotText, documents, local_files
 from lib.files import only_writer, whole_file
+from lib.hub import fetched, find_commit, find_files
 from lib.shards import (
     DATA_DIR,
     DEMO_DATA_DIR,
@@ -59,8 +53,6 @@ FINEWEB_EDU_10B_TOKENS = 9_950_000_000  # of sample-10BT, about
 BATCH = 256  # documents that go to a worker at a time, or fewer that have
 BATCH_CHARACTERS = 2**23  # together
 MAX_SKIPPED_SHOWN = 3  # skipped documents whose location is printed
-PAUSES = (10, 60, 300)  # seconds before each new try after a network fault
-FIRST_PAUSES = (1, 2)  # the same, before anything is found
 
 
 @dataclass(frozen=True)
@@ -130,49 +122,6 @@ def pydoc_from(place: tuple[int, int]):
         yield text, (0, read)
 
 
-def hub_documents(config: DataConfig, revision: str, place: tuple[int, int]):
-    """Yield (document, place after it) of a data set of the Hub. Where the network fails, reading
-    begins again from the same document."""
-    name = hub_name(config)
-    files = first_found(config, lambda: hub_files(config.dataset, name, config.split, revision))
-    failures = 0
-    while True:
-        try:
-            for document, place_after in documents(files, config.text_field, place):
-                yield document, place_after
-                place = place_after
-                failures = 0
-            return
-        except NetworkFault as fault:
-            if failures == len(PAUSES):
-                raise UserError(
-                    f"{config.dataset} can't be fetched from the Hub: {fault}\nHINT: check the"
-                    " network and run the same command again; what is written stays and is not"
-                    " fetched again",
-                    code=1,
-                ) from None
-            pause = PAUSES[failures]
-            tqdm.write(f"network: {fault}; next try in {pause} s", file=sys.stderr)
-            time.sleep(pause)
-            failures += 1
-
-
-def first_found(config: DataConfig, find):
-    """find(), tried a few times: what the Hub knows of a data set, before anything is read."""
-    for pause in FIRST_PAUSES:
-        try:
-            return find()
-        except NetworkFault:
-            time.sleep(pause)
-    try:
-        return find()
-    except NetworkFault as fault:
-        raise UserError(
-            f"--dataset {config.dataset} can't be found on the Hub: {fault}\n"
-            "HINT: check the name and the network, or give local files"
-        ) from None
-
-
 def hub_name(config: DataConfig) -> str | None:
     return "sample-10BT" if config.name is None and config.dataset == FINEWEB_EDU else config.name
 
@@ -189,7 +138,7 @@ def describe_source(config: DataConfig, manifest: Manifest | None) -> str | None
         return f"{count(len(files), 'file')}, {sum(size for _, size in sizes):,} bytes, {digest}"
     if manifest and config.revision in (None, manifest.revision):
         return manifest.revision
-    return first_found(config, lambda: hub_commit(config.dataset, config.revision))
+    return find_commit(config.dataset, config.revision)
 
 
 def batches_of(found, position: Position, skip_bad: bool):
@@ -251,7 +200,8 @@ def start_pool(config: DataConfig, what: str) -> concurrent.futures.ProcessPoolE
             raise UserError(f"--num_proc {config.num_proc}: {error.strerror}", code=1) from None
         raise UserError(
             f"no process can be started that tokenizes: {one_line_error(error)}; they need"
-            " semaphores, which Linux keeps in /dev/shm.\nHINT: make /dev/shm writable (docker run --shm-size)",
+            " semaphores, which Linux keeps in /dev/shm.\n"
+            "HINT: make /dev/shm writable (docker run --shm-size)",
             code=1,
         ) from None
     # before Python 3.11.5 a pool with a killed worker waits for ever to hand over a batch
@@ -395,6 +345,7 @@ def generate(config: DataConfig, manifest: Manifest, tokenizer: Tokenizer) -> li
     writer = ShardWriter(config.data_dir, manifest, tokenizer.eot_token)
     position = manifest.position or Position()
     place = position.file, position.document
+    downloads = Path(config.data_dir) / "downloads.tmp"
     skipped = []  # the first documents that are no texts
     with (
         tempfile.TemporaryDirectory(
@@ -410,7 +361,11 @@ def generate(config: DataConfig, manifest: Manifest, tokenizer: Tokenizer) -> li
         elif files := local_files(config.dataset):
             found = documents(files, config.text_field, place)
         else:
-            found = hub_documents(config, manifest.revision, place)
+            files = find_files(config.dataset, hub_name(config), config.split, manifest.revision)
+            # with a limit, only the files that it needs
+            ahead = config.max_tokens is None
+            paths = fetched(files[position.file :], downloads, ahead)
+            found = documents(files, config.text_field, place, paths)
         batches = batches_of(found, position, config.skip_bad)
         for tokens, position_after, not_texts in tokenized(
             batches, pool, directory, in_flight=2 * config.num_proc
@@ -438,6 +393,7 @@ def generate(config: DataConfig, manifest: Manifest, tokenizer: Tokenizer) -> li
             f"HINT: --shard_size {max(1, writer.tokens // 10)}"
         )
     writer.finish(position.skipped)
+    shutil.rmtree(downloads, ignore_errors=True)
     return skipped
 
 

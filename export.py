@@ -6,7 +6,6 @@ python export.py --model demo/log/model_checkpoint.pt --out demo/GPT --overwrite
 """
 
 import json
-import re
 import shlex
 import shutil
 import sys
@@ -16,8 +15,9 @@ from pathlib import Path
 import torch
 
 from GPT_Modules import GPT
-from lib.cli import UserError, command, one_line_error, parse, print_notes
+from lib.cli import UserError, command, parse, print_notes
 from lib.files import sync
+from lib.hub import explain
 from lib.log import read_log, read_run
 from lib.pretrained import LoadedModel, crop, open_model, read_folder, write_folder
 from lib.shards import FINEWEB_EDU, is_on_hub, public_name
@@ -283,40 +283,6 @@ def export(config: ExportConfig) -> None:
 # ---- the Hub ----
 
 
-def explain_hub(error: Exception, repository: str) -> UserError:
-    """What went wrong with the Hub, and the next command. Never shows the token."""
-    from huggingface_hub.errors import (
-        HFValidationError,
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-    )
-
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, LocalTokenNotFoundError):
-        return UserError("you are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN")
-    if isinstance(error, OfflineModeIsEnabled):
-        return UserError(
-            "the Hub is switched off on this machine: unset HF_HUB_OFFLINE and run the same "
-            "command again"
-        )
-    if isinstance(error, HFValidationError):
-        return UserError(
-            f"--push_to_hub {repository}: not a repository name; it looks like YOUR_NAME/GPT124M"
-        )
-    if status == 401:
-        return UserError("the Hub does not accept your token: run `hf auth login` with a new one")
-    if status == 403:
-        return UserError(
-            f"your token may not write to {repository}: run `hf auth login` with a token of type "
-            "write"
-        )
-    reason = re.sub(r"hf_\w+", "hf_...", one_line_error(error))
-    return UserError(
-        f"the Hub can't be reached or refused {repository}: {reason}\nHINT: check the network",
-        code=1 if status else 2,
-    )
-
-
 def check_identity(repository: str) -> None:
     """Raise UserError, before any work, for a bad name or for a token that the Hub does not
     know."""
@@ -327,7 +293,7 @@ def check_identity(repository: str) -> None:
         validate_repo_id(repository)
         HfApi().whoami()
     except Exception as error:
-        raise explain_hub(error, repository) from None
+        raise explain(error, "--push_to_hub", repository) from None
     if "/" not in repository:
         raise UserError(f"--push_to_hub {repository}: whose? It looks like YOUR_NAME/{repository}")
 
@@ -342,7 +308,7 @@ def push(out: str, repository: str, public: bool) -> None:
             repo_id=repository, folder_path=out, commit_message="Upload GPT-2"
         )
     except Exception as error:
-        explained = explain_hub(error, repository)
+        explained = explain(error, "--push_to_hub", repository)
         again = f"{out} is whole: to run the same command again, add --overwrite"
         raise UserError(f"{explained}\n{again}", explained.code) from None
     print(f"uploaded {len(list(Path(out).iterdir()))} files: {commit.repo_url}")

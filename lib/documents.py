@@ -1,6 +1,6 @@
-"""Documents: the texts in files, local or on the Hub, from any place on.
+"""Documents: the texts in files, from any place on.
 
-    files = local_files("texts/*.jsonl.gz")              # or hub_files("org/name", split="train")
+    files = local_files("texts/*.jsonl.gz")
     for document, place in documents(files, "text"): ... # each a str, or NotText
     documents(files, "text", place)                      # those after a place
 
@@ -15,7 +15,7 @@ all but .parquet plain or .gz .bz2 .xz .zst, in capitals too. Texts are UTF-8. A
 another: `meta.text`. Files without a document are skipped; other fields and columns don't matter.
 
 A document is yielded as a str, or as NotText, which says where it is and what was found. A file
-that can't be read raises UserError, a network that fails NetworkFault.
+that can't be read raises UserError.
 """
 
 import bz2
@@ -29,7 +29,6 @@ import itertools
 import json
 import lzma
 import os
-import tempfile
 import zlib
 from dataclasses import dataclass
 
@@ -60,27 +59,25 @@ class NotText:
         return f"{self.where}: {self.what}"
 
 
-class NetworkFault(Exception):
-    """The network, or the Hub behind it, failed: the same may work later."""
-
-
-def documents(files: list[str], text_field: str, place: tuple[int, int] = (0, 0)):
+def documents(files: list[str], text_field: str, place: tuple[int, int] = (0, 0), paths=None):
     """Yield (document, place after it) for each document of the files from a place on.
 
     A document is a str or NotText. A place is (number of the file, documents of it that are read).
-    Raises UserError for a file that can't be read, or NetworkFault.
+    paths: where the files from the place on are on this disk, for files from elsewhere. Raises
+    UserError for a file that can't be read.
     """
     first, skip = place
-    for number in range(first, len(files)):
-        found = file_documents(files[number], text_field, skip)
+    names = files[first:]
+    for number, (path, name) in enumerate(zip(paths or names, names, strict=True), start=first):
+        found = file_documents(path, text_field, skip, name)
         for read, document in enumerate(found, start=skip + 1):
             yield document, (number, read)
         skip = 0
 
 
-def file_documents(path: str, text_field: str, skip: int):
-    """Yield the documents of one file after the first `skip`."""
-    read = READERS[file_type(path)]
+def file_documents(path, text_field: str, skip: int, name: str):
+    """Yield the documents of one file after the first `skip`. name: what messages call it."""
+    read = READERS[file_type(name)]
     try:
         with opened(path) as file:
             if not file.peek(1):
@@ -91,12 +88,12 @@ def file_documents(path: str, text_field: str, skip: int):
                 found = itertools.islice(read(file, text_field), skip, None)
             for where, document in found:
                 if isinstance(document, NotText):
-                    document = NotText(document.what, f"{path}{where}")
+                    document = NotText(document.what, f"{name}{where}")
                 yield document
     except UserError as error:  # of a reader, which says where in the file
-        raise UserError(f"{path}{error}") from None
+        raise UserError(f"{name}{error}") from None
     except READ_ERRORS as error:
-        raise UserError(f"{path} can't be read: {one_line_error(error)}") from None
+        raise UserError(f"{name} can't be read: {one_line_error(error)}") from None
 
 
 # ---- the readers: each yields (where in the file, str or NotText) ----
@@ -183,8 +180,7 @@ def parquet_documents(file, text_field: str, skip: int):
     import pyarrow.compute
     import pyarrow.parquet
 
-    if isinstance(getattr(file, "name", None), str):  # a local file is read faster without Python
-        file = pyarrow.OSFile(os.fsencode(file.name))
+    file = pyarrow.OSFile(os.fsencode(file.name))  # which is read faster without Python
     # without the next two a whole row group, perhaps the whole file, would be read at once
     table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**22)
     names = table.schema_arrow.names
@@ -289,76 +285,17 @@ def file_type(path: str) -> str:
 
 
 @contextlib.contextmanager
-def opened(path: str):
-    """A file to read, local or hf://, without its compression."""
+def opened(path):
+    """A file to read, without its compression."""
     with contextlib.ExitStack() as stack:
-        if path.startswith("hf://"):
-            file = io.BufferedReader(stack.enter_context(HubFile(path)), 2**20)
-        else:
-            file = stack.enter_context(open(path, "rb", 2**20))
-        suffix = os.path.splitext(path.lower())[1]
+        file = stack.enter_context(open(path, "rb", 2**20))
+        suffix = os.path.splitext(path)[1].lower()
         if suffix in UNPACK and file.peek(1):
             file = stack.enter_context(UNPACK[suffix](file))
         yield file
 
 
-class HubFile(io.RawIOBase):
-    """A file of the Hub. All that can go wrong while it is fetched is a NetworkFault, so that what
-    goes wrong with its content is not taken for one; a file that may not be had is a UserError."""
-
-    def __init__(self, path: str):
-        import fsspec
-
-        self.path = path
-        with fetching(path):
-            self.file = fsspec.open(path, "rb").open()
-        self.place = 0
-
-    def readable(self):
-        return True
-
-    def seekable(self):
-        return True
-
-    def seek(self, offset, whence=os.SEEK_SET):
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.file.size}[whence]
-        self.place = start + offset
-        return self.place
-
-    def readinto(self, buffer):
-        wanted = min(len(buffer), max(0, self.file.size - self.place))
-        if not wanted:
-            return 0
-        with fetching(self.path):
-            self.file.seek(self.place)
-            part = self.file.read(wanted)
-        if len(part) != wanted:
-            raise NetworkFault(f"{self.path}: {len(part):,} bytes came, {wanted:,} were asked for")
-        buffer[:wanted] = part
-        self.place += wanted
-        return wanted
-
-    def close(self):
-        if not self.closed and hasattr(self, "file"):
-            self.file.close()
-        super().close()
-
-
-@contextlib.contextmanager
-def fetching(path: str):
-    """Give what is raised while a file is fetched its name."""
-    try:
-        yield
-    except Exception as error:
-        if is_gated(error):
-            dataset = path.removeprefix("hf://datasets/").partition("@")[0]
-            raise UserError(explain_gate(dataset)) from None
-        if isinstance(error, FileNotFoundError) or is_refusal(error):
-            raise UserError(f"{path} can't be had from the Hub: {one_line_error(error)}") from None
-        raise NetworkFault(one_line_error(error)) from None
-
-
-# ---- finding the files ----
+# ---- finding files ----
 
 
 def local_files(dataset: str) -> list[str]:
@@ -398,143 +335,3 @@ def check_types(dataset: str, files: list[str], pattern: str) -> None:
         raise UserError(
             f"--dataset {dataset}: its files are of several types: give one type, as in {globs}"
         )
-
-
-def hub_commit(dataset: str, revision: str | None = None) -> str:
-    """The commit that a data set of the Hub is at. Raises UserError or NetworkFault."""
-    check_cache()
-    from huggingface_hub import HfApi
-
-    with finding(dataset):
-        return HfApi().dataset_info(dataset, revision=revision).sha
-
-
-def hub_files(dataset: str, name=None, split="train", revision=None) -> list[str]:
-    """The files of a configuration and a split of a data set of the Hub, as hf:// addresses.
-
-    Raises UserError if there is no such thing, and says what there is, or NetworkFault.
-    """
-    check_cache()
-    import datasets
-
-    with finding(dataset):
-        try:
-            builder = datasets.load_dataset_builder(dataset, name, revision=revision)
-        except ValueError:
-            names = datasets.get_dataset_config_names(dataset, revision=revision)
-            if name in names or (name is None and len(names) < 2):
-                raise
-            have = f"has no configuration {name}" if name else "has several configurations"
-            raise UserError(
-                f"--dataset {dataset} {have}; choose one with --name: {', '.join(names)}"
-            ) from None
-        except RuntimeError as error:
-            if "script" not in str(error):
-                raise
-            raise UserError(explain_script(dataset, revision)) from None
-    by_split = builder.config.data_files or {}
-    if split not in by_split:
-        splits = ", ".join(map(str, by_split)) or "no files that a split is made of"
-        raise UserError(f"--split {split}: {dataset} has no such split; it has {splits}")
-    files = [str(file) for file in by_split[split]]
-    check_types(dataset, files, pattern="*")
-    return files
-
-
-def explain_script(dataset: str, revision: str | None) -> str:
-    from huggingface_hub import HfApi
-
-    files = HfApi().list_repo_files(dataset, repo_type="dataset", revision=revision)
-    readable = [file for file in files if file_type(file) in READERS and file != "README.md"]
-    shown = ", ".join((readable or files)[:10]) + (" ..." if len(readable or files) > 10 else "")
-    return (
-        f"--dataset {dataset} is made by a loading script, a program, which is not run. Its files:"
-        f" {shown}\nHINT: `hf download {dataset} --repo-type dataset --local-dir FOLDER` and give"
-        " those with the texts as --dataset"
-    )
-
-
-def check_cache() -> None:
-    """Raise UserError if the Hub's library can't keep its files; its own error names others."""
-    from huggingface_hub import constants
-
-    try:
-        os.makedirs(constants.HF_HOME, exist_ok=True)
-        tempfile.TemporaryFile(dir=constants.HF_HOME).close()
-    except OSError as error:
-        raise UserError(explain_cache(error)) from None
-
-
-def explain_cache(error: OSError) -> str:
-    from huggingface_hub import constants
-
-    return (
-        f"{constants.HF_HOME}, where the Hub's library keeps its files, can't be used:"
-        f" {error.strerror}\nHINT: set HF_HOME to a directory that can be written and locked"
-    )
-
-
-@contextlib.contextmanager
-def finding(dataset: str):
-    """Give what is raised while a data set of the Hub is looked for its name."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if is_gated(error):
-            raise UserError(explain_gate(dataset)) from None
-        if any(map(is_network, causes_of(error))):
-            raise NetworkFault(one_line_error(error)) from None
-        refused = is_refusal(error) or type(error).__name__ == "DatasetNotFoundError"
-        if isinstance(error, OSError) and error.errno and not refused:
-            raise UserError(explain_cache(error)) from None
-        raise UserError(
-            f"--dataset {dataset} can't be {'found' if refused else 'read'} on the Hub:"
-            f" {one_line_error(error)}\nHINT: check the name, or give local files"
-        ) from None
-
-
-def is_gated(error) -> bool:
-    """Is this the answer for a data set whose terms have to be accepted? datasets keeps only the
-    text of it."""
-    from huggingface_hub import errors
-
-    return isinstance(error, errors.GatedRepoError) or "is a gated dataset" in str(error)
-
-
-def explain_gate(dataset: str) -> str:
-    from huggingface_hub import constants
-
-    page = f"{constants.ENDPOINT}/datasets/{dataset}"
-    return (
-        f"--dataset {dataset} is gated: log in with `hf auth login` and accept its terms at {page}"
-    )
-
-
-def causes_of(error: BaseException) -> list[BaseException]:
-    causes = []
-    while error is not None and error not in causes:
-        causes.append(error)
-        error = error.__cause__ or error.__context__
-    return causes
-
-
-def status_of(error) -> int | None:
-    """The status of the HTTP answer that an error is about."""
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def is_refusal(error) -> bool:
-    """Did the Hub answer, and will it answer so again?"""
-    status = status_of(error)
-    return status is not None and 400 <= status < 500 and status not in (408, 429)
-
-
-def is_network(error) -> bool:
-    if status_of(error) is not None:
-        return not is_refusal(error)
-    http = ("httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp")
-    return isinstance(error, ConnectionError | TimeoutError) or (
-        type(error).__module__.partition(".")[0] in http
-    )

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import hashlib
 import logging
 import os
 import shutil
@@ -70,6 +71,14 @@ def whole_file(path):
         if isinstance(error, OSError) and error.errno and not error.filename:
             error.filename = str(path)  # a write that fails does not say where
         raise
+
+
+def sha256(path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def replace(temporary: Path, path: Path) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.cli import UserError, one_line_error
-from lib.files import whole_file
+from lib.files import sha256, whole_file
 from lib.tokenizer import GPT2_TOKENS
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"  # the data set of GPT-2's default run
@@ -130,14 +130,6 @@ def find_tokenizer(data_dir, manifest: Manifest) -> str:
             " manifest's.\nHINT: restore it"
         )
     return str(path)
-
-
-def sha256(path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 # ---- a shard ----

@@ -133,13 +133,17 @@ def test_the_same_from_the_hub(tmp_path):
     }
     program = f"""
 import json, sys
+from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 from lib.documents import documents
+from lib.hub import fetched
+folder = Path({str(tmp_path / "downloads")!r})
 for name in json.load(sys.stdin):
     files = ["hf://datasets/org/all@{COMMIT}/" + name]
-    found = list(documents(files, "text"))
-    rest = list(documents(files, "text", found[len(found) // 2][1]))
-    assert rest == found[len(found) // 2 + 1:], name
+    found = list(documents(files, "text", paths=fetched(files, folder)))
+    half = len(found) // 2
+    rest = list(documents(files, "text", found[half][1], fetched(files, folder)))
+    assert rest == found[half + 1:] and not list(folder.iterdir()), name
     print(json.dumps([name, [text for text, _ in found]]))
 """
     with Hub({"datasets/org/all": files}) as hub:
