@@ -4,31 +4,23 @@
     python data_generator.py --preset demo           Python's own documentation, no network needed
     python data_generator.py --dataset 'texts/*.txt' --data_dir mydata --shard_size 100000
 
-A run that was interrupted goes on where it stopped: run the same command again. lib/documents.py
-has the types of files; lib/shards.py reads the shards back.
+An interrupted run resumes where it stopped: run the same command again. lib/documents.py has the
+types of files; lib/shards.py reads the shards back.
 """
 
-import collections
-import concurrent.futures
-import errno
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import platform
 import shlex
 import shutil
-import signal
 import sys
-import tempfile
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from tqdm import tqdm
 
 from lib.cli import PositiveInt, UserError, command, count, one_line_error, parse
@@ -50,7 +42,7 @@ from lib.shards import (
 from lib.tokenizer import Tokenizer, get_tokenizer
 
 FINEWEB_EDU_10B_TOKENS = 9_950_000_000  # of sample-10BT, about
-BATCH = 256  # documents that go to a worker at a time, or fewer that have
+BATCH = 256  # documents that are tokenized at a time, or fewer that have
 BATCH_CHARACTERS = 2**23  # together
 MAX_SKIPPED_SHOWN = 3  # skipped documents whose location is printed
 
@@ -71,7 +63,6 @@ class DataConfig:
     max_tokens: PositiveInt | None = None  # stop after so many, validation included (default: all)
     tokenizer: str = "gpt2"  # gpt2, bytes, or a tokenizer.json or the folder that it is in
     # the work
-    num_proc: PositiveInt = min(os.cpu_count() or 1, 8)  # processes that tokenize
     verify: bool = False  # check the shards in data_dir against their manifest, and write nothing
 
 
@@ -142,8 +133,9 @@ def describe_source(config: DataConfig, manifest: Manifest | None) -> str | None
 
 
 def batches_of(found, position: Position, skip_bad: bool):
-    """Yield (texts, position after them, what was skipped among them), a batch at a time, of
-    (document, place after it). Raises UserError for what is not a text, unless skip_bad."""
+    """Yield (texts with the place after each, position after them, what was skipped among them), a
+    batch at a time, of (document, place after it). Raises UserError for what is not a text, unless
+    skip_bad."""
     texts = []
     not_texts = []
     characters = 0
@@ -151,7 +143,7 @@ def batches_of(found, position: Position, skip_bad: bool):
     skipped = position.skipped
     for document, place in found:
         if isinstance(document, str):
-            texts.append(document)
+            texts.append((document, place))
             characters += len(document)
         elif skip_bad:
             not_texts.append(document)
@@ -164,74 +156,6 @@ def batches_of(found, position: Position, skip_bad: bool):
             not_texts = []
             characters = 0
     yield texts, Position(*place, skipped), not_texts
-
-
-# ---- tokens: a pool of processes, documents in and arrays out, in order ----
-
-
-def start_worker(what: str) -> None:
-    """Ignore Ctrl-C, which the parent handles, and exit when the parent has died."""
-    global tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    tokenizer = get_tokenizer(what)
-
-    def leave_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-
-
-def encode_documents(texts: list[str], path: str) -> None:
-    """Write the end-of-text token and the tokens of each text to a file of uint16."""
-    tokenizer.encode_documents(texts).tofile(path)
-
-
-def start_pool(config: DataConfig, what: str) -> concurrent.futures.ProcessPoolExecutor:
-    """The processes that tokenize, started. Raises UserError if this machine lets nobody have any.
-
-    They start now: a fork copies locks that threads hold, and the Hub's library starts threads.
-    """
-    try:
-        pool = concurrent.futures.ProcessPoolExecutor(config.num_proc, None, start_worker, (what,))
-        list(pool.map(abs, range(config.num_proc)))
-    except OSError as error:
-        if error.errno == errno.EAGAIN:  # what fork says of too many processes
-            raise UserError(f"--num_proc {config.num_proc}: {error.strerror}", code=1) from None
-        raise UserError(
-            f"no process can be started that tokenizes: {one_line_error(error)}; they need"
-            " semaphores, which Linux keeps in /dev/shm.\n"
-            "HINT: make /dev/shm writable (docker run --shm-size)",
-            code=1,
-        ) from None
-    # before Python 3.11.5 a pool with a killed worker waits for ever to hand over a batch
-    if sys.version_info < (3, 11, 5):
-        pool._call_queue.cancel_join_thread()
-    return pool
-
-
-def tokenized(batches, pool, directory: str, in_flight: int):
-    """(tokens, position after the batch, what was skipped) for each batch, in order, at most
-    `in_flight` ahead.
-
-    The tokens come in files of `directory`: a worker that is killed while it sends an array through
-    the pool's pipe would leave the pool waiting for the rest of it for ever.
-    """
-    pending = collections.deque()
-    for number, (texts, *rest) in enumerate(batches):
-        path = os.path.join(directory, str(number))
-        pending.append((pool.submit(encode_documents, texts, path), path, *rest))
-        if len(pending) > in_flight:
-            yield collect(*pending.popleft())
-    while pending:
-        yield collect(*pending.popleft())
-
-
-def collect(future, path: str, position: Position, not_texts: list[NotText]):
-    future.result()
-    tokens = np.fromfile(path, dtype=np.uint16)
-    os.unlink(path)
-    return tokens, position, not_texts
 
 
 # ---- the shards ----
@@ -338,54 +262,71 @@ def check_space(config: DataConfig, written: int) -> None:
         )
 
 
+def tokenized(batches, tokenizer: Tokenizer):
+    """Yield (tokens (n,) uint16, position after them, what was skipped) of each batch."""
+    for texts, position, not_texts in batches:
+        yield tokenizer.encode_documents([text for text, _ in texts]), position, not_texts
+
+
+class Timed:
+    """An iterator that measures how long its items take."""
+
+    def __init__(self, items):
+        self.items = iter(items)
+        self.seconds = 0.0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        start = time.perf_counter()
+        try:
+            return next(self.items)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
 def generate(config: DataConfig, manifest: Manifest, tokenizer: Tokenizer) -> list[NotText]:
-    """Write the shards that the manifest does not have yet; returns the first documents that were
-    skipped. Raises UserError as ShardWriter does, and for a source that fills no more than
-    the validation shard."""
+    """Write the shards that the manifest does not have yet, and print how long that took; returns
+    the first documents that were skipped. Raises UserError as ShardWriter does, and for a source
+    that fills no more than the validation shard."""
     writer = ShardWriter(config.data_dir, manifest, tokenizer.eot_token)
     position = manifest.position or Position()
     place = position.file, position.document
     downloads = Path(config.data_dir) / "downloads.tmp"
-    skipped = []  # the first documents that are no texts
-    with (
-        tempfile.TemporaryDirectory(
-            prefix="tokens-", suffix=".tmp", dir=config.data_dir
-        ) as directory,
-        start_pool(config, find_tokenizer(config.data_dir, manifest)) as pool,
-        tqdm(
-            total=expected_tokens(config), initial=writer.tokens, unit=" tokens", unit_scale=True
-        ) as bar,
-    ):
-        if config.dataset == "pydoc":
-            found = pydoc_from(place)
-        elif files := local_files(config.dataset):
-            found = documents(files, config.text_field, place)
-        else:
-            files = find_files(config.dataset, hub_name(config), config.split, manifest.revision)
-            # with a limit, only the files that it needs
-            ahead = config.max_tokens is None
-            paths = fetched(files[position.file :], downloads, ahead)
-            found = documents(files, config.text_field, place, paths)
-        batches = batches_of(found, position, config.skip_bad)
-        for tokens, position_after, not_texts in tokenized(
-            batches, pool, directory, in_flight=2 * config.num_proc
-        ):
+    paths = Timed([])
+    if config.dataset == "pydoc":
+        source = pydoc_from(place)
+    elif files := local_files(config.dataset):
+        source = documents(files, config.text_field, place)
+    else:
+        files = find_files(config.dataset, hub_name(config), config.split, manifest.revision)
+        # with a limit, fetch only the files that it needs
+        paths = Timed(fetched(files[position.file :], downloads, config.max_tokens is None))
+        source = documents(files, config.text_field, place, paths)
+    batches = Timed(batches_of(source, position, config.skip_bad))
+    arrays = Timed(tokenized(batches, tokenizer))
+    first_skipped = []
+    start = time.perf_counter()
+    with tqdm(
+        total=expected_tokens(config), initial=writer.tokens, unit=" tokens", unit_scale=True
+    ) as bar:
+        for tokens, position_after, not_texts in arrays:
             if config.max_tokens is not None:
                 tokens = tokens[: config.max_tokens - writer.tokens + position.used]
             writer.add(tokens, position)
             bar.set_postfix_str(f"shard {len(manifest.shards)}", refresh=False)
             bar.update(writer.tokens - bar.n)
             position = position_after
-            skipped = (skipped + not_texts)[:MAX_SKIPPED_SHOWN]
+            first_skipped = (first_skipped + not_texts)[:MAX_SKIPPED_SHOWN]
             if writer.tokens == config.max_tokens:
-                pool.shutdown(cancel_futures=True)
                 break
 
     if not manifest.shards:
         if writer.tokens == 0:
             raise UserError(
                 f"{config.dataset} has no documents"
-                + (f" but {count(position.skipped, 'document')} skipped" if skipped else "")
+                + (f" but {count(position.skipped, 'document')} skipped" if first_skipped else "")
             )
         raise UserError(
             f"{config.dataset} has {writer.tokens:,} tokens, which all fit into shard 0, the"
@@ -394,7 +335,13 @@ def generate(config: DataConfig, manifest: Manifest, tokenizer: Tokenizer) -> li
         )
     writer.finish(position.skipped)
     shutil.rmtree(downloads, ignore_errors=True)
-    return skipped
+    total = time.perf_counter() - start
+    waited = f"waited for the network {paths.seconds:.0f} s, " if paths.seconds else ""
+    print(
+        f"read {batches.seconds - paths.seconds:.0f} s, {waited}tokenized"
+        f" {arrays.seconds - batches.seconds:.0f} s, wrote {total - arrays.seconds:.0f} s"
+    )
+    return first_skipped
 
 
 def verify(config: DataConfig) -> None:
@@ -420,7 +367,7 @@ def verify(config: DataConfig) -> None:
 def write_data_set(config: DataConfig) -> Manifest:
     """Begin data_dir or go on with it, to its end; returns its manifest."""
     tokenizer = get_tokenizer(config.tokenizer)
-    with only_writer(config.data_dir, "*.npy", "manifest.json", "tokenizer*.json", "tokens-*"):
+    with only_writer(config.data_dir, "*.npy", "manifest.json", "tokenizer*.json"):
         manifest = start_manifest(config, tokenizer)
         if manifest.complete:
             return manifest
@@ -435,21 +382,15 @@ def write_data_set(config: DataConfig) -> Manifest:
         )
         try:
             keep_tokenizer(config.data_dir, tokenizer)
-            skipped = generate(config, manifest, tokenizer)
-        except concurrent.futures.BrokenExecutor:
-            raise UserError(
-                "a tokenizing process was killed (out of memory?).\n"
-                "HINT: run the same command again, perhaps with a smaller --num_proc",
-                code=1,
-            ) from None
+            first_skipped = generate(config, manifest, tokenizer)
         except OSError as error:
             message = f"{config.data_dir} can't be written: {one_line_error(error)}"
             raise UserError(
                 f"{message}\nHINT: make room and run the same command again", code=1
             ) from None
-    if skipped:
+    if first_skipped:
         print(f"skipped, as no texts: {count(manifest.skipped, 'document')}; the first here:")
-        for document in skipped:
+        for document in first_skipped:
             print(f"    {document}")
     return manifest
 

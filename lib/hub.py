@@ -6,6 +6,7 @@ raise explain(error, "--push_to_hub", "org/name")
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import queue
@@ -248,6 +249,7 @@ def fetch_once(file: str, path: Path) -> Path:
             expected_size=metadata.size,
             headers=build_hf_headers(headers={"Accept-Encoding": "identity"}),
             displayed_filename=os.path.basename(name),
+            tqdm_class=functools.partial(tqdm, leave=False),
         )
     if len(metadata.etag) == 64 and sha256(path) != metadata.etag:
         path.unlink()

@@ -259,13 +259,7 @@ class ShardWriter:
         self.eot_token = eot_token
         self.tokens = manifest.tokens  # so far, with the buffered
         self.filled = 0
-        try:
-            self.buffer = np.empty(manifest.shard_size, dtype=np.uint16)
-        except (MemoryError, ValueError):
-            raise UserError(
-                f"--shard_size {manifest.shard_size}: a shard does not fit into this machine's"
-                " memory; 100000000 takes 200 MB"
-            ) from None
+        self.buffer = np.empty(manifest.shard_size, dtype=np.uint16)
 
     def add(self, tokens: np.ndarray, position: Position) -> None:
         """Append a batch (tokens,), which begins at the position, to the stream, without the tokens

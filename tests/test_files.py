@@ -167,7 +167,7 @@ def command(name, directory, inputs, data_dir, trained) -> list:
     return {
         "data_generator.py": [
             name, "--dataset", inputs / "docs.jsonl", "--data_dir", directory / "data",
-            "--tokenizer=bytes", "--shard_size=1000", "--num_proc=1",
+            "--tokenizer=bytes", "--shard_size=1000",
         ],
         "train.py": [name, *flags(data_dir=data_dir, log_dir=directory / "log")],
         "export.py": [name, "--model", trained / "model_00008.pt", "--out", directory / "out"],

@@ -38,7 +38,7 @@ from lib.tokenizer import get_tokenizer
 
 PAGE = (ROOT / "docs" / "data.md").read_text()
 SMALL = {
-    "data_generator.py": ["--shard_size=8000", "--num_proc=2"],
+    "data_generator.py": ["--shard_size=8000"],
     "train.py": [
         "--n_layer=2", "--n_head=2", "--n_embd=64", "--seq_len=32", "--batch_size=8",
         "--total_batch_size=512", "--max_steps=60", "--warmup_steps=5", "--max_lr=3e-3",
@@ -114,7 +114,7 @@ def test_the_pool_of_workers_killed_and_continued(kind, tmp_path):
     lines = [json.dumps({"text": text}) + "\n" for text in texts]
     (tmp_path / "docs.jsonl").write_text("".join(lines))
     command = [sys.executable, str(ROOT / "data_generator.py"), "--dataset=docs.jsonl"]
-    command += ["--tokenizer=own", "--data_dir=data", "--shard_size=50000", "--num_proc=2"]
+    command += ["--tokenizer=own", "--data_dir=data", "--shard_size=50000"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
     while len(list(tmp_path.glob("data/*.npy"))) < 3:
         assert process.poll() is None
