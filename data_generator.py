@@ -24,7 +24,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from lib.cli import PositiveInt, UserError, command, count, one_line_error, parse
-from lib.documents import NotText, documents, local_files
+from lib.documents import NotText, documents, file_documents, local_files
 from lib.files import only_writer, whole_file
 from lib.hub import fetched, find_commit, find_files
 from lib.shards import (
@@ -132,30 +132,44 @@ def describe_source(config: DataConfig, manifest: Manifest | None) -> str | None
     return find_commit(config.dataset, config.revision)
 
 
-def batches_of(found, position: Position, skip_bad: bool):
+def files_of_hub(paths, names: list[str], text_field: str, place: tuple[int, int]):
+    """Yield the documents of each file from a place on, as documents() would; a file is fetched
+    when it is asked for."""
+    first, skip = place
+    for number, path in enumerate(paths, start=first):
+        yield file_documents(path, text_field, (number, skip), names[number])
+        skip = 0
+
+
+def batches_of(sources, position: Position, skip_bad: bool):
     """Yield (texts with the place after each, position after them, what was skipped among them), a
-    batch at a time, of (document, place after it). Raises UserError for what is not a text, unless
-    skip_bad."""
-    texts = []
-    not_texts = []
-    characters = 0
-    place = position.file, position.document
+    batch at a time.
+
+    sources: iterables of (document, place after it). A batch ends with its source, since the next
+    one has perhaps to be fetched. Raises UserError for what is not a text, unless skip_bad.
+    """
     skipped = position.skipped
-    for document, place in found:
-        if isinstance(document, str):
-            texts.append((document, place))
-            characters += len(document)
-        elif skip_bad:
-            not_texts.append(document)
-            skipped += 1
-        else:
-            raise UserError(f"{document}\nHINT: --skip_bad skips such documents and counts them")
-        if len(texts) == BATCH or characters >= BATCH_CHARACTERS:
-            yield texts, Position(*place, skipped), not_texts
-            texts = []
-            not_texts = []
-            characters = 0
-    yield texts, Position(*place, skipped), not_texts
+    place = position.file, position.document
+    for source in sources:
+        texts = []
+        not_texts = []
+        characters = 0
+        for document, place in source:
+            if isinstance(document, str):
+                texts.append((document, place))
+                characters += len(document)
+            elif skip_bad:
+                not_texts.append(document)
+                skipped += 1
+            else:
+                hint = "--skip_bad skips such documents and counts them"
+                raise UserError(f"{document}\nHINT: {hint}")
+            if len(texts) == BATCH or characters >= BATCH_CHARACTERS:
+                yield texts, Position(*place, skipped), not_texts
+                texts = []
+                not_texts = []
+                characters = 0
+        yield texts, Position(*place, skipped), not_texts
 
 
 # ---- the shards ----
@@ -296,15 +310,15 @@ def generate(config: DataConfig, manifest: Manifest, tokenizer: Tokenizer) -> li
     downloads = Path(config.data_dir) / "downloads.tmp"
     paths = Timed([])
     if config.dataset == "pydoc":
-        source = pydoc_from(place)
+        sources = [pydoc_from(place)]
     elif files := local_files(config.dataset):
-        source = documents(files, config.text_field, place)
+        sources = [documents(files, config.text_field, place)]
     else:
         files = find_files(config.dataset, hub_name(config), config.split, manifest.revision)
         # with a limit, fetch only the files that it needs
         paths = Timed(fetched(files[position.file :], downloads, config.max_tokens is None))
-        source = documents(files, config.text_field, place, paths)
-    batches = Timed(batches_of(source, position, config.skip_bad))
+        sources = files_of_hub(paths, files, config.text_field, place)
+    batches = Timed(batches_of(sources, position, config.skip_bad))
     arrays = Timed(tokenized(batches, tokenizer))
     first_skipped = []
     start = time.perf_counter()

@@ -59,24 +59,21 @@ class NotText:
         return f"{self.where}: {self.what}"
 
 
-def documents(files: list[str], text_field: str, place: tuple[int, int] = (0, 0), paths=None):
+def documents(files: list[str], text_field: str, place: tuple[int, int] = (0, 0)):
     """Yield (document, place after it) for each document of the files from a place on.
 
     A document is a str or NotText. A place is (number of the file, documents of it that are read).
-    paths: where the files from the place on are on this disk, for files from elsewhere. Raises
-    UserError for a file that can't be read.
+    Raises UserError for a file that can't be read.
     """
     first, skip = place
-    names = files[first:]
-    for number, (path, name) in enumerate(zip(paths or names, names, strict=True), start=first):
-        found = file_documents(path, text_field, skip, name)
-        for read, document in enumerate(found, start=skip + 1):
-            yield document, (number, read)
+    for number in range(first, len(files)):
+        yield from file_documents(files[number], text_field, (number, skip), files[number])
         skip = 0
 
 
-def file_documents(path, text_field: str, skip: int, name: str):
-    """Yield the documents of one file after the first `skip`. name: what messages call it."""
+def file_documents(path, text_field: str, place: tuple[int, int], name: str):
+    """Yield (document, place after it) of one file. name: what messages call it, and its type."""
+    number, skip = place
     read = READERS[file_type(name)]
     try:
         with opened(path) as file:
@@ -86,10 +83,10 @@ def file_documents(path, text_field: str, skip: int, name: str):
                 found = read(file, text_field, skip)
             else:
                 found = itertools.islice(read(file, text_field), skip, None)
-            for where, document in found:
+            for read, (where, document) in enumerate(found, start=skip + 1):
                 if isinstance(document, NotText):
                     document = NotText(document.what, f"{name}{where}")
-                yield document
+                yield document, (number, read)
     except UserError as error:  # of a reader, which says where in the file
         raise UserError(f"{name}{error}") from None
     except READ_ERRORS as error:

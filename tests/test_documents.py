@@ -135,15 +135,15 @@ def test_the_same_from_the_hub(tmp_path):
 import json, sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-from lib.documents import documents
+from lib.documents import file_documents
 from lib.hub import fetched
 folder = Path({str(tmp_path / "downloads")!r})
-for name in json.load(sys.stdin):
-    files = ["hf://datasets/org/all@{COMMIT}/" + name]
-    found = list(documents(files, "text", paths=fetched(files, folder)))
+names = json.load(sys.stdin)
+files = ["hf://datasets/org/all@{COMMIT}/" + name for name in names]
+for name, file, path in zip(names, files, fetched(files, folder)):
+    found = list(file_documents(path, "text", (0, 0), file))
     half = len(found) // 2
-    rest = list(documents(files, "text", found[half][1], fetched(files, folder)))
-    assert rest == found[half + 1:] and not list(folder.iterdir()), name
+    assert list(file_documents(path, "text", found[half][1], file)) == found[half + 1:], name
     print(json.dumps([name, [text for text, _ in found]]))
 """
     with Hub({"datasets/org/all": files}) as hub:

@@ -1,0 +1,245 @@
+"""Files of the Hub, fetched whole: what is fetched when, what is left after an interruption, what
+is said of faults. The texts themselves are in test_documents.py and test_data_generator.py."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, wait_for
+from hub import Hub
+
+from lib.cli import UserError
+from lib.hub import explain, one_ahead
+from lib.shards import read_manifest
+
+README = b"""---
+configs:
+- config_name: default
+  data_files: [{split: train, path: data/*}]
+---
+"""
+
+
+def parquet(texts) -> bytes:
+    """A file of more than 30 MB, since what has come is written 10 MB at a time."""
+    file = io.BytesIO()
+    table = pa.table({"text": texts, "more": [bytes(10_000_000) for _ in texts]})
+    pq.write_table(table, file, compression="none", use_dictionary=False)
+    return file.getvalue()
+
+
+@pytest.fixture
+def hub():
+    """A data set org/texts of three files, three texts in each."""
+    texts = [[f"{number} {n} " * 100_000 for n in range(3)] for number in range(3)]
+    files = {f"data/{number}.parquet": parquet(texts[number]) for number in range(3)}
+    with Hub({"datasets/org/texts": {"README.md": README, **files}}) as hub:
+        hub.texts = sum(texts, [])
+        yield hub
+
+
+def start(hub, tmp_path, *words, **environment):
+    """The generator on org/texts, with short pauses before each new try."""
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import data_generator, lib.hub\n"
+        "lib.hub.PAUSES = (0.1, 0.2, 0.3)\n"
+        "sys.exit(data_generator.main(sys.argv[1:]))"
+    )
+    common = ["--dataset=org/texts", "--tokenizer=bytes", "--shard_size=500000"]
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *common, f"--data_dir={tmp_path / 'data'}", *words],
+        env=os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process, code=0) -> tuple[str, str]:
+    """What a process printed, and that it ended with the code."""
+    printed = process.communicate(timeout=120)
+    assert process.returncode == code and "Traceback" not in printed[1], printed
+    return printed
+
+
+def assert_complete(tmp_path, texts):
+    """The shards hold the texts, and nothing else is left."""
+    data_dir = tmp_path / "data"
+    tokens = np.concatenate([np.load(data_dir / s.file) for s in read_manifest(data_dir).shards])
+    expected = b"".join(b"\0" + text.encode() for text in texts)
+    assert np.where(tokens == 256, 0, tokens).astype(np.uint8).tobytes() == expected
+    names = {path.name for path in data_dir.iterdir() if path.suffix != ".npy"}
+    assert names == {"manifest.json", ".lock"}
+
+
+def downloads(tmp_path, pattern="*") -> list[Path]:
+    return list((tmp_path / "data" / "downloads.tmp").glob(pattern))
+
+
+def asked_for(hub, name) -> bool:
+    return any(command == "GET" and path.endswith(name) for command, path in hub.requests)
+
+
+def content_of(hub, path) -> bytes:
+    return hub.repositories["datasets/org/texts"][path.partition("/resolve/")[2].partition("/")[2]]
+
+
+def half_then_silence(handler, path):
+    """A fault: the first half of data/1.parquet comes, and then nothing."""
+    if handler.command != "GET" or not path.endswith("1.parquet"):
+        return False
+    content = content_of(handler.hub, path)
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(content)))
+    handler.end_headers()
+    handler.wfile.write(content[: len(content) // 2])
+    handler.wfile.flush()
+    time.sleep(30)
+    return True
+
+
+def test_the_next_file_is_fetched_while_this_one_is_read(hub, tmp_path):
+    """The second is asked for before the first, whose last text is none, has been read; never more
+    than two are on the disk, and none is left."""
+    most = []
+
+    def look(handler, path):
+        most.append(len(downloads(tmp_path)))
+
+    hub.faults.append(look)
+    printed, _ = finish(start(hub, tmp_path))
+    assert_complete(tmp_path, hub.texts)
+    assert max(most) <= 2, most
+    assert "waited for the network " in printed
+    hub.repositories["datasets/org/texts"]["data/0.parquet"] = parquet(["a", None])
+    hub.requests.clear()
+    _, error = finish(start(hub, tmp_path, f"--data_dir={tmp_path / 'other'}"), 2)
+    assert "/data/0.parquet row 2: text is null, not a text" in error
+    assert any(path.endswith("1.parquet") for _, path in hub.requests)
+
+
+def test_max_tokens_fetches_only_what_it_needs(hub, tmp_path):
+    finish(start(hub, tmp_path, "--max_tokens=1000000"))
+    assert asked_for(hub, "0.parquet") and not asked_for(hub, "1.parquet")
+    assert not downloads(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_download_is_resumed(number, hub, tmp_path):
+    """Ctrl-C does not wait for the network. What has come is not asked for again."""
+    hub.faults.append(half_then_silence)
+    process = start(hub, tmp_path)
+    wait_for(lambda: 10**7 <= sum(p.stat().st_size for p in downloads(tmp_path, "*-1.parquet")))
+    begin = time.time()
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert time.time() - begin < 1
+    if number == signal.SIGINT:
+        assert process.returncode == 130 and "Traceback" not in error, error
+    (path,) = downloads(tmp_path, "*-1.parquet")
+    size = path.stat().st_size
+    hub.faults.clear()
+    ranges = []
+
+    def note(handler, path):
+        if handler.command == "GET" and path.endswith("1.parquet"):
+            ranges.append(handler.headers.get("Range"))
+
+    hub.faults.append(note)
+    finish(start(hub, tmp_path))
+    assert ranges == [f"bytes={size}-"]
+    assert_complete(tmp_path, hub.texts)
+
+
+def test_what_came_wrong_is_fetched_again(hub, tmp_path):
+    """Bytes that are others than the Hub names, and what an earlier process left: of these files
+    more than there is, and of other files."""
+    left = [1]
+
+    def wrong(handler, path):
+        if handler.command != "GET" or not path.endswith("0.parquet") or not left:
+            return False
+        left.clear()
+        content = bytearray(content_of(hub, path))
+        content[1000] ^= 1
+        handler.answer(200, bytes(content))
+        return True
+
+    hub.faults.append(wrong)
+    _, error = finish(start(hub, tmp_path, "--max_tokens=1000000"))
+    said = "network: OSError: the bytes of data/0.parquet are not those that the Hub names"
+    assert said in error and "next try in 0.1 s" in error
+
+    hub.faults.append(half_then_silence)
+    (tmp_path / "data").rename(tmp_path / "first")
+    process = start(hub, tmp_path)
+    wait_for(lambda: downloads(tmp_path, "*-1.parquet"))
+    process.kill()
+    process.communicate()
+    (path,) = downloads(tmp_path, "*-1.parquet")
+    path.write_bytes(bytes(50_000_000))
+    path.with_name("another.parquet").write_bytes(b"of another data set")
+    hub.faults.clear()
+    finish(start(hub, tmp_path))
+    assert_complete(tmp_path, hub.texts)
+
+
+def test_one_ahead():
+    """The second is begun when the first is taken, and not the third; an error comes in its
+    place."""
+    begun = []
+
+    def items():
+        for n in range(3):
+            begun.append(n)
+            yield n
+        raise UserError("the end")
+
+    found = one_ahead(items())
+    assert next(found) == 0
+    wait_for(lambda: begun == [0, 1], 5)
+    time.sleep(0.1)
+    assert begun == [0, 1]
+    assert [next(found), next(found)] == [1, 2]
+    with pytest.raises(UserError, match="the end"):
+        next(found)
+
+
+def test_the_hub_switched_off(hub, tmp_path):
+    _, error = finish(start(hub, tmp_path, HF_HUB_OFFLINE="1"), 2)
+    assert "unset HF_HUB_OFFLINE" in error
+
+
+def test_a_token_is_never_shown():
+    said = explain(RuntimeError("refused: Bearer hf_Secret1"), "--dataset", "org/texts")
+    assert "hf_Secret1" not in str(said) and "hf_..." in str(said)
+
+
+def test_a_disk_that_is_full_is_no_network_fault(hub, tmp_path):
+    """The download is too large for the disk: said at once, and not tried again."""
+    program = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import data_generator
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+sys.exit(data_generator.main(sys.argv[1:]))
+"""
+    words = ["--dataset=org/texts", "--tokenizer=bytes", f"--data_dir={tmp_path / 'data'}"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words],
+        env=os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and "can't be written: OSError: [Errno 27]" in done.stderr
+    assert "next try" not in done.stderr and "Traceback" not in done.stderr
