@@ -271,7 +271,51 @@ def open_zstandard(file):
     return io.BufferedReader(stream, 2**20)
 
 
-UNPACK = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zstandard}
+class Unpacked(io.RawIOBase):
+    """What `xz -dc` or `bzip2 -dc` make of a file: the content of all its streams.
+
+    The standard library's own readers end without an error where a later stream is damaged, and
+    where .xz has padding. decompressor: a class that decompresses one stream.
+    """
+
+    def __init__(self, file, decompressor):
+        self.file = file
+        self.decompressor = decompressor
+        self.stream = decompressor()
+        self.packed = b""
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        data = b""
+        while not data:
+            if self.stream.eof:
+                self.packed = self.stream.unused_data.lstrip(b"\0")  # without padding
+                while not self.packed and (piece := self.file.read(2**20)):
+                    self.packed = piece.lstrip(b"\0")
+                if not self.packed:
+                    return 0
+                self.stream = self.decompressor()
+            elif self.stream.needs_input and not self.packed:
+                self.packed = self.file.read(2**20)
+                if not self.packed:
+                    raise EOFError("it is cut short")
+            data = self.stream.decompress(self.packed, len(buffer))
+            self.packed = b""
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def open_bzip2(file):
+    return io.BufferedReader(Unpacked(file, bz2.BZ2Decompressor), 2**20)
+
+
+def open_xz(file):
+    return io.BufferedReader(Unpacked(file, lzma.LZMADecompressor), 2**20)
+
+
+UNPACK = {".gz": gzip.open, ".bz2": open_bzip2, ".xz": open_xz, ".zst": open_zstandard}
 
 
 def file_type(path: str) -> str:

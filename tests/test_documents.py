@@ -10,6 +10,7 @@ import json
 import lzma
 import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -451,6 +452,59 @@ def test_a_file_that_is_cut_short_or_something_else(name, suffix, tmp_path):
     path.unlink()
     with pytest.raises(UserError, match="can't be read: FileNotFoundError"):
         list(documents([str(path)], "text"))
+
+
+def lines(numbers) -> bytes:
+    return "".join(json.dumps({"text": str(n)}) + "\n" for n in numbers).encode()
+
+
+PROGRAMS = {".xz": "xz", ".bz2": "bzip2", ".gz": "gzip", ".zst": "zstd"}
+STREAMS = {  # what is made of three packed streams
+    "three streams": b"".join,
+    "padding": lambda parts: (4 * b"\0").join(parts),  # which is part of .xz alone
+    "padding at the end": lambda parts: b"".join(parts) + 400 * b"\0",
+    "a damaged first header": lambda parts: flipped(parts[0], 1) + parts[1] + parts[2],
+    "a damaged later header": lambda parts: parts[0] + flipped(parts[1], 1) + parts[2],
+    "a damaged later content": lambda parts: (
+        parts[0] + flipped(parts[1], len(parts[1]) // 2) + parts[2]
+    ),
+    "a damaged later end": lambda parts: parts[0] + flipped(parts[1], -1) + parts[2],
+    "cut short": lambda parts: b"".join(parts)[:-5],
+    "cut in a header": lambda parts: parts[0] + parts[1] + parts[2][:3],
+    "something behind it": lambda parts: b"".join(parts) + b"something else",
+}
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    content = bytearray(content)
+    content[place] ^= 0x55
+    return bytes(content)
+
+
+@pytest.mark.parametrize("suffix", PROGRAMS)
+@pytest.mark.parametrize("what", STREAMS)
+def test_all_of_a_packed_file_or_none_of_it(what, suffix, tmp_path):
+    """All that was packed, or a file that can't be read; and what its program unpacks, if that does
+    so without a word."""
+    program = PROGRAMS[suffix]
+    if not shutil.which(program):
+        pytest.skip(f"{program} is not installed")
+    pack = [program, "-c", *(["--check"] if program == "zstd" else [])]
+    parts = [
+        subprocess.run(pack, input=lines(range(n, n + 10)), capture_output=True, check=True).stdout
+        for n in (0, 10, 20)
+    ]
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(STREAMS[what](parts))
+    try:
+        found = b"".join(lines([text]) for text, _ in documents([str(path)], "text"))
+    except UserError as error:
+        assert f"{path} can't be read: " in str(error)
+        found = None
+    truth = subprocess.run([program, "-dc", path], capture_output=True)
+    if truth.returncode == 0 and not truth.stderr:
+        assert found == truth.stdout
+    assert found in (None, lines(range(30)))
 
 
 def test_an_array_that_is_cut_short(tmp_path):
