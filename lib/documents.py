@@ -7,7 +7,7 @@
 | type                 | a document is                                                  |
 |----------------------|----------------------------------------------------------------|
 | .txt .md             | the file                                                       |
-| .jsonl .ndjson .json | the field of an object: one a line, or all in one array        |
+| .jsonl .ndjson .json | the field of an object: one a line, over lines, or in an array |
 | .parquet             | the column of a row                                            |
 | .csv .tsv            | the column of a row; the first row names the columns           |
 
@@ -29,6 +29,7 @@ import itertools
 import json
 import lzma
 import os
+import re
 import zlib
 from dataclasses import dataclass
 
@@ -83,14 +84,17 @@ def file_documents(path, text_field: str, place: tuple[int, int], name: str):
                 found = read(file, text_field, skip)
             else:
                 found = itertools.islice(read(file, text_field), skip, None)
-            for read, (where, document) in enumerate(found, start=skip + 1):
+            for n, (where, document) in enumerate(found, start=skip + 1):
                 if isinstance(document, NotText):
                     document = NotText(document.what, f"{name}{where}")
-                yield document, (number, read)
+                yield document, (number, n)
     except UserError as error:  # of a reader, which says where in the file
         raise UserError(f"{name}{error}") from None
     except READ_ERRORS as error:
-        raise UserError(f"{name} can't be read: {one_line_error(error)}") from None
+        message = f"{name} can't be read: {one_line_error(error)}"
+        if name.lower().endswith(".zst"):  # a large window, perhaps, which the program can be told
+            message += "\nHINT: `zstd -d --long=31` unpacks it, unless it is damaged"
+        raise UserError(message) from None
 
 
 # ---- the readers: each yields (where in the file, str or NotText) ----
@@ -106,7 +110,9 @@ def text_or_not(value, text_field: str) -> str | NotText:
         except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can escape
             code = ord(value[error.start])
             return NotText(f"{text_field} has a lone surrogate, U+{code:04X}, which no UTF-8 has")
-    kinds = {bool: "", type(None): "", dict: "the object ", list: "the list ", bytes: "the bytes "}
+    if isinstance(value, bytes):  # as Spark and Impala may write a text into .parquet
+        return decoded(value)
+    kinds = {bool: "", type(None): "", dict: "the object ", list: "the list "}
     kind = kinds.get(type(value), "the number " if isinstance(value, int | float) else "the value ")
     shown = json.dumps(value, default=str)
     shown = shown if len(shown) < 50 else shown[:50] + "..."
@@ -129,20 +135,51 @@ def text_document(file, text_field: str):
 
 
 def json_documents(file, text_field: str):
-    """One object a line, or one array of objects, which is read as a whole."""
-    if file.peek(64)[:64].removeprefix(BOM).lstrip()[:1] == b"[":
+    """One object a line. Or an array of objects, or objects printed over several lines: those are
+    read as a whole."""
+    start = file.peek(2**20).removeprefix(BOM).lstrip()
+    array = start.startswith(b"[")
+    if array or is_unfinished(start):
+        content = file.read()
         try:
-            rows = json.loads(file.read().removeprefix(BOM).decode())
+            rows = json_values(content.removeprefix(BOM).decode())
         except json.JSONDecodeError as error:
-            raise UserError(f" line {error.lineno}: the array is not JSON: {error.msg}") from None
-        for number, row in enumerate(rows, start=1):
-            yield f" element {number}", json_text(row, text_field)
-        return
+            if array:
+                place = f" line {error.lineno}"
+                raise UserError(f"{place}: the array is not JSON: {error.msg}") from None
+            file = io.BytesIO(content)  # lines, the first of which is cut short
+        else:
+            for number, row in enumerate(rows, start=1):
+                yield f" element {number}", json_text(row, text_field)
+            return
     for number, line in enumerate(file, start=1):
         if number == 1:
             line = line.removeprefix(BOM)
         if line := line.rstrip():
             yield f" line {number}", line_text(line, text_field)
+
+
+def is_unfinished(start: bytes) -> bool:
+    """Does a JSON value begin in the first line of a file, and end in a later one?"""
+    line, newline, _ = start.partition(b"\n")
+    text = line.decode(errors="replace").rstrip()
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return bool(newline) and error.pos == len(text)
+    except RecursionError:
+        pass
+    return False
+
+
+def json_values(text: str) -> list:
+    """The values of a JSON text, one behind another, and the elements of those that are arrays."""
+    values = []
+    end = 0
+    while (start := re.compile(r"\s*").match(text, end).end()) < len(text):
+        value, end = json.JSONDecoder().raw_decode(text, start)
+        values += value if isinstance(value, list) else [value]
+    return values
 
 
 def line_text(line: bytes, text_field: str) -> str | NotText:
@@ -211,8 +248,7 @@ def column_documents(column, text_field: str):
     try:
         return [text_or_not(value, text_field) for value in column.to_pylist()]
     except UnicodeDecodeError:  # some writers call any bytes a string
-        values = column.cast("binary").to_pylist()
-    return [text_or_not(v, text_field) if v is None else decoded(v) for v in values]
+        return [text_or_not(value, text_field) for value in column.cast("binary").to_pylist()]
 
 
 def separated_documents(file, text_field: str, delimiter: str):
@@ -221,7 +257,7 @@ def separated_documents(file, text_field: str, delimiter: str):
     csv.field_size_limit(2**31 - 1)  # characters of a field
     rows = csv.reader(text, delimiter=delimiter, strict=True)
     try:
-        names = next(rows, [])
+        names = next(filter(None, rows), [])  # the first row that is not empty
         if names and names.count(text_field) != 1:
             raise UserError(": " + no_field(text_field, names))
         end = rows.line_num
