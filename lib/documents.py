@@ -19,6 +19,7 @@ that can't be read raises UserError.
 """
 
 import bz2
+import collections
 import contextlib
 import csv
 import functools
@@ -253,27 +254,101 @@ def column_documents(column, text_field: str):
 
 def separated_documents(file, text_field: str, delimiter: str):
     # a byte that is not UTF-8 becomes a surrogate, so that it matters in this column alone
-    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-    csv.field_size_limit(2**31 - 1)  # characters of a field
-    rows = csv.reader(text, delimiter=delimiter, strict=True)
+    lines = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+    rows = tsv_rows(lines) if delimiter == "\t" else csv_rows(lines, delimiter)
+    _, names = next(rows, (1, []))
+    if names and names.count(text_field) != 1:
+        raise UserError(": " + no_field(text_field, names))
+    for line, cells in rows:
+        if cells is None:
+            document = NotText(
+                "quotation marks may enclose a cell here, or belong to its text, and .tsv does not"
+                " say which; .csv or .jsonl would"
+            )
+        elif len(cells) != len(names):
+            document = NotText(f"it has {len(cells)} cells, the first line names {len(names)}")
+        else:
+            cell = cells[names.index(text_field)]
+            document = decoded(cell.encode("utf-8", "surrogateescape"))
+        yield f" line {line}", document
+
+
+def csv_rows(lines, delimiter: str):
+    """Yield (number of its first line, cells) of each row that is not empty."""
+    csv.field_size_limit(2**31 - 1)  # characters of a cell
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    end = 0
     try:
-        names = next(filter(None, rows), [])  # the first row that is not empty
-        if names and names.count(text_field) != 1:
-            raise UserError(": " + no_field(text_field, names))
-        end = rows.line_num
         for cells in rows:
-            line = end + 1
+            if cells:
+                yield end + 1, cells
             end = rows.line_num
-            if not cells:
-                continue
-            if len(cells) == len(names):
-                cell = cells[names.index(text_field)]
-                yield f" line {line}", decoded(cell.encode("utf-8", "surrogateescape"))
-            else:
-                what = f"it has {len(cells)} cells, the first line names {len(names)}"
-                yield f" line {line}", NotText(what)
     except csv.Error as error:
         raise UserError(f" line {rows.line_num}: it is not CSV: {error}") from None
+
+
+def tsv_rows(lines):
+    """The same for tabs; cells is None for a row that can be read in two ways.
+
+    Some programs, pandas and Excel among them, enclose a cell in quotation marks if it has a tab, a
+    line end or such a mark in it. Others never do, and all marks belong to the texts. The first row
+    that can be read in one of these ways only says which it is.
+    """
+    encloses = None  # whether this file does, once it is known
+    width = 0
+    number = 0
+    waiting = collections.deque()  # lines that were read ahead
+    while line := next_line(waiting, lines):
+        number += 1
+        cells = plain_cells(line)
+        if cells == [""]:
+            continue
+        if not width and line.startswith('"'):  # the names are enclosed, and so is every text
+            yield from csv_rows(itertools.chain((number - 1) * ["\n"], [line], lines), "\t")
+            return
+        width = width or len(cells)
+        if '"' not in line or encloses is False:
+            yield number, cells
+            continue
+        row = [line]
+        marks = line.count('"')
+        while marks % 2 and (more := next_line(waiting, lines)):
+            row.append(more)
+            marks += more.count('"')
+        enclosed = enclosed_cells(row)
+        fits_plainly = len(cells) == width
+        if len(enclosed) == width and enclosed != cells:
+            if len(row) > 1:  # then each line of it would be a row
+                fits_plainly &= any(len(plain_cells(line)) == width for line in row[1:])
+            if not fits_plainly or (len(row) == 1 and '""' in line):
+                encloses = True
+            yield number, enclosed if encloses else None
+            number += len(row) - 1
+            continue
+        if fits_plainly and encloses:
+            message = "quotation marks are part of a text here, but enclose cells above"
+            raise UserError(f" line {number}: {message}")
+        if fits_plainly:
+            encloses = False
+        yield number, cells
+        waiting.extendleft(reversed(row[1:]))
+
+
+def next_line(waiting, lines) -> str:
+    return waiting.popleft() if waiting else next(lines, "")
+
+
+def plain_cells(line: str) -> list[str]:
+    return line.rstrip("\r\n").split("\t")
+
+
+def enclosed_cells(row: list[str]) -> list[str]:
+    """The cells of the lines of a row, some of them enclosed; [] if these lines are not one row."""
+    try:
+        [cells] = csv.reader(row, delimiter="\t", strict=True)
+    except (csv.Error, ValueError):
+        return []
+    return cells
 
 
 def no_field(text_field: str, names: list[str]) -> str:

@@ -193,7 +193,10 @@ def test_random_texts_in_every_format(tmp_path):
         directory.mkdir()
         file = write(directory, name, suffix, texts)
         found = list(documents([file], "text"))
-        assert [text for text, _ in found] == texts, (name, suffix)
+        if name == "f.tsv":
+            assert_right_or_refused([text for text, _ in found], texts)
+        else:
+            assert [text for text, _ in found] == texts, (name, suffix)
         n = dice.randrange(len(texts))
         assert list(documents([file], "text", found[n][1])) == found[n + 1 :]
 
@@ -417,6 +420,106 @@ def test_csv(rows, tmp_path):
         row if isinstance(row, str) else NotText(row[1], f"{path} {row[0]}") for row in CSV[rows]
     ]
     assert [document for document, _ in documents([str(path)], "text")] == expected
+
+
+AMBIGUOUS = (
+    "quotation marks may enclose a cell here, or belong to its text, and .tsv does not say which;"
+    " .csv or .jsonl would"
+)
+TSV = {  # the lines behind `id text` -> the documents; the number of a line: that one is ambiguous
+    "1\tOne\n2\t\"Two\" and 'so'\n3\tit's\n": ["One", "\"Two\" and 'so'", "it's"],
+    '1\t"Stop," she said.\n2\tb\n': ['"Stop," she said.', "b"],
+    '1\t"a ""quoted"" word"\n2\t"""so"""\n': ['a "quoted" word', '"so"'],
+    '1\t"a\ttab"\n2\tb': ["a\ttab", "b"],
+    '1\t"two\nlines"\n2\tb\n': ["two\nlines", "b"],
+    '1\t"two\r\n\r\nlines and ""a mark"""\r\n2\tb\n': ['two\r\n\r\nlines and "a mark"', "b"],
+    '1\t"two\n\tlines"\n2\tb\n': [2, "b"],
+    '1\t"Hello."\n2\tb\n': [2, "b"],
+    '1\t"Hello."\n2\t"a" b\n3\t"Hello."\n': [2, '"a" b', '"Hello."'],
+    '1\t"Hello."\n2\t"a\tb"\n3\t"Hello."\n4\t"two\n\tlines"': [2, "a\tb", "Hello.", "two\n\tlines"],
+    '1\tOne\n2\t"Hello, he said\n3\tTwo\n4\tThree\n5\tand then he left."\n6\tFour\n': [
+        "One",
+        3,
+        "Four",
+    ],
+    '1\tan "a"\n2\t"Hello, he said\n3\tTwo\n4\tand then he left."': [
+        'an "a"',
+        '"Hello, he said',
+        "Two",
+        'and then he left."',
+    ],
+    '1\t"open\n2\tb\n3\t"c" d\n4\t"e""f"\n5\tg': ['"open', "b", '"c" d', '"e""f"', "g"],
+    '1\t"open\n2\t3\t4\n': ['"open', (3, 3)],
+}
+
+
+@pytest.mark.parametrize("rows", TSV)
+def test_tsv(rows, tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_bytes(b"id\ttext\n" + rows.encode())
+    expected = TSV[rows]
+    for n, row in enumerate(expected):
+        if isinstance(row, int):
+            expected[n] = NotText(AMBIGUOUS, f"{path} line {row}")
+        if isinstance(row, tuple):
+            said = f"it has {row[1]} cells, the first line names 2"
+            expected[n] = NotText(said, f"{path} line {row[0]}")
+    found = list(documents([str(path)], "text"))
+    assert [document for document, _ in found] == expected
+    for n, (_, place) in enumerate(found):
+        assert list(documents([str(path)], "text", place)) == found[n + 1 :]
+
+
+def test_tsv_whose_marks_enclose_and_do_not(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text('id\ttext\n1\t"a ""b"""\n2\t"c" d\n')
+    said = "a.tsv line 3: quotation marks are part of a text here, but enclose cells above"
+    with pytest.raises(UserError, match=said):
+        list(documents([str(path)], "text"))
+
+
+def assert_right_or_refused(found, texts):
+    """Ambiguous texts aside, the texts are those that went in."""
+    assert len(found) == len(texts)
+    for document, text in zip(found, texts, strict=True):
+        if isinstance(document, NotText):
+            assert document.what == AMBIGUOUS and '"' in text or "\n" in text or "\r" in text
+        else:
+            assert document == text
+
+
+@pytest.mark.parametrize("writer", ["nothing enclosed", "what needs it", "all", "all texts"])
+def test_tsv_of_every_writer(writer, tmp_path):
+    """Random texts with marks, as pandas writes them in each of its ways, and as a program that
+    knows of no quotation marks: no text comes back as another one."""
+    import pandas
+
+    dice = random.Random(7)
+    alphabet = ['"', '""', '"', "a", "b ", ",", "'", "é", "\t", "\n", "\r\n"]
+    if writer == "nothing enclosed":
+        alphabet = alphabet[:-3]
+    read = 0
+    for _ in range(100):
+        texts = ["".join(dice.choices(alphabet, k=dice.randrange(1, 9))) for _ in range(30)]
+        path = tmp_path / "a.tsv"
+        if writer == "nothing enclosed":
+            lines = ["id\ttext"] + [f"{n}\t{text}" for n, text in enumerate(texts)]
+            path.write_text("\n".join(lines))
+        else:
+            quoting = {"all": csv.QUOTE_ALL, "all texts": csv.QUOTE_NONNUMERIC}.get(writer, 0)
+            table = pandas.DataFrame({"id": range(30), "text": texts})
+            table.to_csv(path, sep="\t", index=False, quoting=quoting)
+        try:
+            found = [document for document, _ in documents([str(path)], "text")]
+        except UserError:
+            continue
+        read += sum(isinstance(document, str) for document in found)
+        if writer == "nothing enclosed":  # a refused row may have more than one line
+            assert all(isinstance(document, NotText) or document in texts for document in found)
+        else:
+            assert_right_or_refused(found, texts)
+    assert read > 2000
+    assert writer in ("nothing enclosed", "what needs it") or read == 3000
 
 
 def test_csv_bytes_that_are_not_utf8_matter_in_their_column_alone(tmp_path):
