@@ -255,6 +255,7 @@ def column_documents(column, text_field: str):
 def separated_documents(file, text_field: str, delimiter: str):
     # a byte that is not UTF-8 becomes a surrogate, so that it matters in this column alone
     lines = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+    csv.field_size_limit(2**31 - 1)  # characters of a cell
     rows = tsv_rows(lines) if delimiter == "\t" else csv_rows(lines, delimiter)
     _, names = next(rows, (1, []))
     if names and names.count(text_field) != 1:
@@ -275,7 +276,6 @@ def separated_documents(file, text_field: str, delimiter: str):
 
 def csv_rows(lines, delimiter: str):
     """Yield (number of its first line, cells) of each row that is not empty."""
-    csv.field_size_limit(2**31 - 1)  # characters of a cell
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     end = 0
     try:

@@ -432,6 +432,7 @@ TSV = {  # the lines behind `id text` -> the documents; the number of a line: th
     '1\t"a ""quoted"" word"\n2\t"""so"""\n': ['a "quoted" word', '"so"'],
     '1\t"a\ttab"\n2\tb': ["a\ttab", "b"],
     '1\t"two\nlines"\n2\tb\n': ["two\nlines", "b"],
+    f'1\t"{"long " * 50_000}\nlines"\n': ["long " * 50_000 + "\nlines"],
     '1\t"two\r\n\r\nlines and ""a mark"""\r\n2\tb\n': ['two\r\n\r\nlines and "a mark"', "b"],
     '1\t"two\n\tlines"\n2\tb\n': [2, "b"],
     '1\t"Hello."\n2\tb\n': [2, "b"],
