@@ -117,13 +117,13 @@ def hub_name(config: DataConfig) -> str | None:
     return "sample-10BT" if config.name is None and config.dataset == FINEWEB_EDU else config.name
 
 
-def describe_source(config: DataConfig, manifest: Manifest | None) -> str | None:
+def describe_source(config: DataConfig, files: list[str], manifest: Manifest | None) -> str:
     """What exactly is read, so that a rerun days later sees the same documents: a commit of the Hub
     data set, or how many local files there are, their bytes, and a digest of their names and
     sizes."""
     if config.dataset == "pydoc":
         return platform.python_version()
-    if files := local_files(config.dataset):
+    if files:
         sizes = [(os.path.basename(file), os.path.getsize(file)) for file in files]
         digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:8]
         return f"{count(len(files), 'file')}, {sum(size for _, size in sizes):,} bytes, {digest}"
@@ -175,14 +175,14 @@ def batches_of(sources, position: Position, skip_bad: bool):
 # ---- the shards ----
 
 
-def start_manifest(config: DataConfig, tokenizer: Tokenizer) -> Manifest:
+def start_manifest(config: DataConfig, files: list[str], tokenizer: Tokenizer) -> Manifest:
     """The manifest of data_dir to go on from, or a new one; raises UserError if what is there is of
     another run."""
     old = read_manifest(config.data_dir)
     new = Manifest(
         dataset=config.dataset,
         name=hub_name(config),
-        revision=describe_source(config, old),
+        revision=describe_source(config, files, old),
         split=config.split,
         text_field=config.text_field,
         tokenizer=tokenizer.name,
@@ -250,23 +250,22 @@ def keep_tokenizer(data_dir: str, tokenizer: Tokenizer) -> None:
                 file.write(text.encode())
 
 
-def expected_tokens(config: DataConfig) -> int | None:
+def expected_tokens(config: DataConfig, files: list[str]) -> int | None:
     """About how many tokens data_dir will have at the end; None where that can't be known."""
     if config.max_tokens is not None or config.dataset == "pydoc":
         return config.max_tokens
     if (config.dataset, hub_name(config)) == (FINEWEB_EDU, "sample-10BT"):
         return FINEWEB_EDU_10B_TOKENS if config.tokenizer == "gpt2" else None
-    files = local_files(config.dataset)
     if files and all(file.lower().endswith((".txt", ".md")) for file in files):
         characters = sum(os.path.getsize(file) for file in files)
         return characters // (1 if config.tokenizer == "bytes" else 4)
     return None
 
 
-def check_space(config: DataConfig, written: int) -> None:
+def check_space(config: DataConfig, files: list[str], written: int) -> None:
     """Compare the bytes that are still to come, where they can be known, with the bytes that are
     free."""
-    if (expected := expected_tokens(config)) is None:
+    if (expected := expected_tokens(config, files)) is None:
         return
     needed, free = 2 * (expected - written), shutil.disk_usage(config.data_dir).free
     if free < 0.9 * needed:
@@ -300,7 +299,9 @@ class Timed:
             self.seconds += time.perf_counter() - start
 
 
-def generate(config: DataConfig, manifest: Manifest, tokenizer: Tokenizer) -> list[NotText]:
+def generate(
+    config: DataConfig, files: list[str], manifest: Manifest, tokenizer: Tokenizer
+) -> list[NotText]:
     """Write the shards that the manifest does not have yet, and print how long that took; returns
     the first documents that were skipped. Raises UserError as ShardWriter does, and for a source
     that fills no more than the validation shard."""
@@ -311,7 +312,7 @@ def generate(config: DataConfig, manifest: Manifest, tokenizer: Tokenizer) -> li
     paths = Timed([])
     if config.dataset == "pydoc":
         sources = [pydoc_from(place)]
-    elif files := local_files(config.dataset):
+    elif files:
         sources = [documents(files, config.text_field, place)]
     else:
         files = find_files(config.dataset, hub_name(config), config.split, manifest.revision)
@@ -323,7 +324,7 @@ def generate(config: DataConfig, manifest: Manifest, tokenizer: Tokenizer) -> li
     first_skipped = []
     start = time.perf_counter()
     with tqdm(
-        total=expected_tokens(config), initial=writer.tokens, unit=" tokens", unit_scale=True
+        total=expected_tokens(config, files), initial=writer.tokens, unit=" tokens", unit_scale=True
     ) as bar:
         for tokens, position_after, not_texts in arrays:
             if config.max_tokens is not None:
@@ -381,12 +382,13 @@ def verify(config: DataConfig) -> None:
 def write_data_set(config: DataConfig) -> Manifest:
     """Begin data_dir or go on with it, to its end; returns its manifest."""
     tokenizer = get_tokenizer(config.tokenizer)
+    files, note = ([], "") if config.dataset == "pydoc" else local_files(config.dataset)
     with only_writer(config.data_dir, "*.npy", "manifest.json", "tokenizer*.json"):
-        manifest = start_manifest(config, tokenizer)
+        manifest = start_manifest(config, files, tokenizer)
         if manifest.complete:
             return manifest
         written = len(manifest.shards)
-        check_space(config, manifest.tokens)
+        check_space(config, files, manifest.tokens)
         source = "Python's own documentation" if config.dataset == "pydoc" else config.dataset
         print(
             f"{source} -> {config.data_dir}, tokenizer {config.tokenizer}, shards of"
@@ -394,9 +396,11 @@ def write_data_set(config: DataConfig) -> Manifest:
             + (f"; going on after {count(written, 'shard')}" if written else ""),
             flush=True,
         )
+        if note:
+            print(note, flush=True)
         try:
             keep_tokenizer(config.data_dir, tokenizer)
-            first_skipped = generate(config, manifest, tokenizer)
+            first_skipped = generate(config, files, manifest, tokenizer)
         except OSError as error:
             message = f"{config.data_dir} can't be written: {one_line_error(error)}"
             raise UserError(

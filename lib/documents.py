@@ -1,8 +1,8 @@
 """Documents: the texts in files, from any place on.
 
-    files = local_files("texts/*.jsonl.gz")
-    for document, place in documents(files, "text"): ... # each a str, or NotText
-    documents(files, "text", place)                      # those after a place
+    files, note = local_files("texts/*.jsonl.gz")
+    for document, place in documents(files, "text"): ...  # each a str, or NotText
+    documents(files, "text", place)                       # those after a place
 
 | type                 | a document is                                                  |
 |----------------------|----------------------------------------------------------------|
@@ -19,7 +19,6 @@ that can't be read raises UserError.
 """
 
 import bz2
-import collections
 import contextlib
 import csv
 import functools
@@ -32,9 +31,10 @@ import lzma
 import os
 import re
 import zlib
+from collections import Counter, deque
 from dataclasses import dataclass
 
-from lib.cli import UserError, one_line_error
+from lib.cli import UserError, count, one_line_error
 
 BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8, which is no text
 ROWS = 1024  # of a .parquet file that are read at a time
@@ -297,7 +297,7 @@ def tsv_rows(lines):
     encloses = None  # whether this file does, once it is known
     width = 0
     number = 0
-    waiting = collections.deque()  # lines that were read ahead
+    waiting = deque()  # lines that were read ahead
     while line := next_line(waiting, lines):
         number += 1
         cells = plain_cells(line)
@@ -450,19 +450,31 @@ def opened(path):
 # ---- finding files ----
 
 
-def local_files(dataset: str) -> list[str]:
-    """The files that a path, a directory or a glob names; none if it is the name of a data set on
-    the Hub. Raises UserError if they are not of one type that can be read."""
-    directory = os.path.isdir(dataset)
-    if directory:
-        below = sorted(glob.glob(f"{glob.escape(dataset)}/**", recursive=True))
-        files = [file for file in below if os.path.isfile(file) and file_type(file) in READERS]
+def local_files(dataset: str) -> tuple[list[str], str]:
+    """(files, note): the files that a path, a directory or a glob names, each once; none if it is
+    the name of a data set on the Hub. The note says what of a directory is not read, or "".
+
+    Raises UserError if the files are not of one type that can be read.
+    """
+    note = ""
+    pattern = "*"
+    if os.path.isdir(dataset):
+        pattern = os.path.join(dataset, "**", "*")
+        below = files_of(os.path.join(glob.escape(dataset), "**", "*"))
+        below = [file for file in below if not os.path.isdir(file)]
+        files = [file for file in below if file_type(file) in (*READERS, ".arrow")]
+        others = [file for file in below if file_type(file) not in (*READERS, ".arrow")]
+        if others:
+            endings = Counter(os.path.splitext(file)[1] or "without ending" for file in others)
+            listed = ", ".join(f"{n} {ending}" for ending, n in sorted(endings.items()))
+            note = f"not read, as of other types: {count(len(others), 'file')} ({listed})"
         if not files:
-            raise UserError(f"--dataset {dataset}: none of its files is {' '.join(READERS)}")
+            types = " ".join(READERS)
+            raise UserError(f"--dataset {dataset}: none of its files is {types}; {note or 'none'}")
     elif os.path.exists(dataset):
         files = [dataset]
     else:
-        files = sorted(glob.glob(dataset, recursive=True))
+        files = files_of(dataset)
         if not files and (file_type(dataset) in READERS or glob.has_magic(dataset)):
             raise UserError(f"--dataset {dataset}: there is no such file")
         if directories := [file for file in files if os.path.isdir(file)]:
@@ -470,8 +482,40 @@ def local_files(dataset: str) -> list[str]:
                 f"--dataset {dataset}: {directories[0]} is a directory; name its files, as in "
                 f"'{directories[0]}/*.txt'"
             )
-    check_types(dataset, files, pattern=f"{dataset.rstrip('/')}/**/*" if directory else "*")
-    return files
+    check_types(dataset, files, pattern)
+    return files, note
+
+
+def files_of(pattern: str) -> list[str]:
+    """The files of a glob, in order, each once however many links lead to it."""
+    files = {}
+    for path in sorted(expanded(pattern)):
+        files.setdefault(os.path.realpath(path), path)
+    return list(files.values())
+
+
+def expanded(pattern: str) -> list[str]:
+    """What a glob matches. glob's own `**` does not end where links lead back."""
+    parts = re.split(r"(?:^|(?<=/))\*\*/", pattern, maxsplit=1)
+    if len(parts) == 1:
+        return glob.glob(pattern)
+    found = []
+    for top in glob.glob(parts[0]) if parts[0] else [""]:
+        for directory in directories_below(top, set()):
+            found += expanded(os.path.join(glob.escape(directory), parts[1]))
+    return found
+
+
+def directories_below(top: str, seen: set[str]):
+    """Yield a directory and those in it, each once, without the hidden ones."""
+    if os.path.realpath(top) in seen:
+        return
+    seen.add(os.path.realpath(top))
+    yield top
+    for name in sorted(os.listdir(top or ".")):
+        path = os.path.join(top, name)
+        if os.path.isdir(path) and not name.startswith("."):
+            yield from directories_below(path, seen)
 
 
 def check_types(dataset: str, files: list[str], pattern: str) -> None:
@@ -479,8 +523,11 @@ def check_types(dataset: str, files: list[str], pattern: str) -> None:
     of one type with the suffix behind it."""
     for file in files:
         if file_type(file) not in READERS:
-            packed = f", all but .parquet plain or {' '.join(UNPACK)}"
-            raise UserError(f"--dataset {dataset}: {file} is none of {' '.join(READERS)}{packed}")
+            message = f"--dataset {dataset}: {file} is none of {' '.join(READERS)}, all but"
+            message += f" .parquet plain or {' '.join(UNPACK)}"
+            if file.endswith(".arrow"):
+                message += "\nHINT: datasets.load_from_disk(FOLDER).to_parquet(FILE) writes one"
+            raise UserError(message)
     suffixes = list(dict.fromkeys(file_type(file) for file in files))
     if len({SAME_TYPE.get(suffix, suffix) for suffix in suffixes}) > 1:
         globs = " or ".join(f"'{pattern}{suffix}'" for suffix in suffixes)

@@ -611,8 +611,8 @@ def test_ready_made_tokens_are_downloaded_trained_on_and_resumed(tmp_path):
         words = flags(data_dir=data_dir, log_dir=tmp_path / "log", max_steps=steps, n_embd=8)
         done = script("train.py", *words)
         assert done.returncode == 0, done.stderr
-    assert "700 tokens (gpt2) to learn from" in done.stdout and "going on from" in done.stdout
-    assert "has no manifest.json: its tokens are taken for gpt2's" in done.stdout
+    assert "700 training tokens (gpt2)" in done.stdout and "resuming from" in done.stdout
+    assert "has no manifest.json: assuming GPT-2's tokens" in done.stdout
 
 
 @pytest.mark.slow
@@ -927,8 +927,9 @@ def test_a_disk_that_is_too_small_is_said_before(tmp_path, capsys):
         "--tokenizer=bytes",
     ]
     assert data_generator.main([*words, "--max_tokens=100000000000000"]) == 2
-    assert data_generator.expected_tokens(data_generator.DataConfig()) == 9_950_000_000
-    assert data_generator.expected_tokens(data_generator.DataConfig(tokenizer="bytes")) is None
+    config = data_generator.DataConfig
+    assert data_generator.expected_tokens(config(), []) == 9_950_000_000
+    assert data_generator.expected_tokens(config(tokenizer="bytes"), []) is None
     assert re.search(
         r"needs about 200,000,000,000,000 bytes, [\d,]+ are free", capsys.readouterr().err
     )
