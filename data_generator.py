@@ -132,12 +132,11 @@ def describe_source(config: DataConfig, files: list[str], manifest: Manifest | N
     return find_commit(config.dataset, config.revision)
 
 
-def files_of_hub(paths, names: list[str], text_field: str, place: tuple[int, int]):
-    """Yield the documents of each file from a place on, as documents() would; a file is fetched
-    when it is asked for."""
+def files_of_hub(paths, names: list[str], text_field: str, place: tuple[int, int], options: dict):
+    """Yield the documents of each file from a place on; it is fetched when it is asked for."""
     first, skip = place
     for number, path in enumerate(paths, start=first):
-        yield file_documents(path, text_field, (number, skip), names[number])
+        yield file_documents(path, text_field, (number, skip), names[number], **options)
         skip = 0
 
 
@@ -315,10 +314,11 @@ def generate(
     elif files:
         sources = [documents(files, config.text_field, place)]
     else:
-        files = find_files(config.dataset, hub_name(config), config.split, manifest.revision)
+        name = hub_name(config)
+        names, options = find_files(config.dataset, name, config.split, manifest.revision)
         # with a limit, fetch only the files that it needs
-        paths = Timed(fetched(files[position.file :], downloads, config.max_tokens is None))
-        sources = files_of_hub(paths, files, config.text_field, place)
+        paths = Timed(fetched(names[position.file :], downloads, config.max_tokens is None))
+        sources = files_of_hub(paths, names, config.text_field, place, options)
     batches = Timed(batches_of(sources, position, config.skip_bad))
     arrays = Timed(tokenized(batches, tokenizer))
     first_skipped = []

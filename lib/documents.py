@@ -73,8 +73,11 @@ def documents(files: list[str], text_field: str, place: tuple[int, int] = (0, 0)
         skip = 0
 
 
-def file_documents(path, text_field: str, place: tuple[int, int], name: str):
-    """Yield (document, place after it) of one file. name: what messages call it, and its type."""
+def file_documents(path, text_field: str, place: tuple[int, int], name: str, **options):
+    """Yield (document, place after it) of one file.
+
+    name: what messages call it; its ending is the type. options: delimiter and quoting of .csv.
+    """
     number, skip = place
     read = READERS[file_type(name)]
     try:
@@ -84,7 +87,7 @@ def file_documents(path, text_field: str, place: tuple[int, int], name: str):
             if read is parquet_documents:  # which finds the place by itself, and faster
                 found = read(file, text_field, skip)
             else:
-                found = itertools.islice(read(file, text_field), skip, None)
+                found = itertools.islice(read(file, text_field, **options), skip, None)
             for n, (where, document) in enumerate(found, start=skip + 1):
                 if isinstance(document, NotText):
                     document = NotText(document.what, f"{name}{where}")
@@ -252,11 +255,14 @@ def column_documents(column, text_field: str):
         return [text_or_not(value, text_field) for value in column.cast("binary").to_pylist()]
 
 
-def separated_documents(file, text_field: str, delimiter: str):
+def separated_documents(file, text_field: str, delimiter: str, quoting: int = csv.QUOTE_MINIMAL):
     # a byte that is not UTF-8 becomes a surrogate, so that it matters in this column alone
     lines = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
     csv.field_size_limit(2**31 - 1)  # characters of a cell
-    rows = tsv_rows(lines) if delimiter == "\t" else csv_rows(lines, delimiter)
+    if delimiter == "\t" and quoting != csv.QUOTE_NONE:
+        rows = tsv_rows(lines)
+    else:
+        rows = csv_rows(lines, delimiter, quoting)
     _, names = next(rows, (1, []))
     if names and names.count(text_field) != 1:
         raise UserError(": " + no_field(text_field, names))
@@ -274,9 +280,9 @@ def separated_documents(file, text_field: str, delimiter: str):
         yield f" line {line}", document
 
 
-def csv_rows(lines, delimiter: str):
+def csv_rows(lines, delimiter: str, quoting: int = csv.QUOTE_MINIMAL):
     """Yield (number of its first line, cells) of each row that is not empty."""
-    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    rows = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     end = 0
     try:
         for cells in rows:

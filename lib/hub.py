@@ -1,11 +1,14 @@
 """The Hub: the files of a data set, each fetched whole, and for every command what went wrong.
 
-files = find_files("org/name", "default", "train", commit)   # hf://datasets/org/name@COMMIT/...
-for path in fetched(files, folder): ...                      # each on this disk while it is used
-raise explain(error, "--push_to_hub", "org/name")
+    files, options = find_files("org/name", "default", "train", commit)
+    for path in fetched(files, folder): ...           # on this disk while it is used
+    raise explain(error, "--push_to_hub", "org/name")
+
+A file is named by its address, hf://datasets/ORG/NAME@COMMIT/path.
 """
 
 import contextlib
+import csv
 import functools
 import hashlib
 import os
@@ -22,6 +25,10 @@ from lib.cli import UserError, one_line_error
 from lib.documents import READERS, check_types, file_type
 from lib.files import sha256
 
+# settings of a data set's README that leave its texts as they are
+HARMLESS = {"name", "version", "data_dir", "data_files", "description", "features", "columns"} | {
+    "usecols", "chunksize", "batch_size",
+}  # fmt: skip
 PAUSES = (10, 60, 300)  # seconds before each new attempt to fetch a file
 
 
@@ -104,9 +111,11 @@ def find_commit(dataset: str, revision: str | None = None) -> str:
         return HfApi().dataset_info(dataset, revision=revision).sha
 
 
-def find_files(dataset: str, name: str | None, split: str, revision: str) -> list[str]:
-    """The files of a configuration and a split of a data set, as hf:// addresses. Raises UserError
-    if there is no such thing, and says what there is."""
+def find_files(
+    dataset: str, name: str | None, split: str, revision: str
+) -> tuple[list[str], dict[str, str | int]]:
+    """(files, options): the files of a configuration and a split of a data set, and how its README
+    has them read. Raises UserError if there is no such thing, and says what there is."""
     with explained(dataset):
         import datasets
 
@@ -130,7 +139,35 @@ def find_files(dataset: str, name: str | None, split: str, revision: str) -> lis
         raise UserError(f"--split {split}: {dataset} has no such split; it has {splits}")
     files = [str(file) for file in by_split[split]]
     check_types(dataset, files, pattern="*")
-    return files
+    return files, reading_options(dataset, builder.config)
+
+
+def reading_options(dataset: str, config) -> dict[str, str | int]:
+    """The options of file_documents that a data set's README asks for. Raises UserError naming a
+    setting that is not followed here and may change the texts.
+
+    config: the configuration that datasets makes of the README.
+    """
+    usual = vars(type(config)())
+    settings = {key: value for key, value in vars(config).items() if value != usual[key]}
+    for key in HARMLESS:
+        settings.pop(key, None)
+    if str(settings.get("encoding")).lower() in ("utf-8", "utf8"):
+        del settings["encoding"]
+    options = {}
+    if len(str(settings.get("sep"))) == 1:
+        options["delimiter"] = settings.pop("sep")
+        settings.pop("delimiter", None)  # its other name
+    if settings.get("quoting") == csv.QUOTE_NONE:
+        options["quoting"] = settings.pop("quoting")
+    if settings:
+        listed = ", ".join(f"{key}: {value}" for key, value in settings.items())
+        raise UserError(
+            f"--dataset {dataset}: its README has its files read with {listed}, which is not done"
+            f" here\nHINT: `hf download {dataset} --repo-type dataset --local-dir FOLDER`, and give"
+            " files with a plain column of texts as --dataset"
+        )
+    return options
 
 
 def explain_script(dataset: str, revision: str) -> str:

@@ -1,8 +1,10 @@
 """The tokens on disk: shards of uint16 tokens, and the manifest beside them.
 
-writer = ShardWriter("mydata", manifest, eot_token)      # the tokens of documents go in
-stream = open_stream("mydata", "train")                  # the shards of a split, as one stream
-stream.read(start=0, n=1025)                             # uint16 (1025,)
+    writer = ShardWriter("mydata", manifest, eot_token)  # the tokens of documents go in
+    stream = open_stream("mydata", "train")              # the shards of a split, as one stream
+    stream.read(start=0, n=1025)                         # uint16 (1025,)
+
+The files of other projects are read too; what each kind looks like is said where it is opened.
 """
 
 import bisect
@@ -59,13 +61,13 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Position:
-    """Where the generator goes on: at a batch of documents, the beginning of which may be in shards
-    already."""
+    """Where the generator resumes: at a batch of documents, of whose tokens the first `used` are
+    already in a shard."""
 
     file: int = 0  # number of the file in the list of the source's files
     document: int = 0  # documents of that file before the batch
-    skipped: int = 0  # documents before the batch, in all files, that were left out
-    used: int = 0  # tokens of the batch that are in shards already
+    skipped: int = 0  # documents before the batch, in all files, that are no texts
+    used: int = 0  # tokens of the batch that are already in a shard
 
 
 @dataclass
@@ -82,7 +84,7 @@ class Manifest:
     vocab_size: int  # ids of the tokenizer
     shard_size: int  # tokens in a shard, of which the last one may have fewer
     shards: list[ShardEntry] = dataclasses.field(default_factory=list)
-    skipped: int = 0  # documents that were left out because they are no texts
+    skipped: int = 0  # documents that are no texts
     position: Position | None = None  # None at the beginning, and when complete
     complete: bool = False
     tokenizer_sha256: str | None = None  # of tokenizer.json
@@ -262,8 +264,8 @@ class ShardWriter:
         self.buffer = np.empty(manifest.shard_size, dtype=np.uint16)
 
     def add(self, tokens: np.ndarray, position: Position) -> None:
-        """Append a batch (tokens,), which begins at the position, to the stream, without the tokens
-        that are in shards already. Raises UserError as `write`."""
+        """Append a batch (tokens,), which begins at the position, to the stream, but for the tokens
+        that are already in a shard. Raises UserError as `write`."""
         start = position.used
         while start < len(tokens):
             # only if a token is left: the last shard, full or not, is written by `finish`
@@ -276,7 +278,7 @@ class ShardWriter:
             self.tokens += len(part)
 
     def finish(self, skipped: int) -> None:
-        """Write what is buffered as the last shard. skipped: documents that were left out."""
+        """Write what is buffered as the last shard. skipped: documents that are no texts."""
         self.write(None, skipped)
 
     def write(self, position: Position | None, skipped: int) -> None:

@@ -2,6 +2,7 @@
 is said of faults. The texts themselves are in test_documents.py and test_data_generator.py."""
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +18,8 @@ from conftest import ROOT, wait_for
 from hub import Hub
 
 from lib.cli import UserError
-from lib.hub import explain, one_ahead
+from lib.documents import file_documents
+from lib.hub import explain, one_ahead, reading_options
 from lib.shards import read_manifest
 
 README = b"""---
@@ -212,6 +214,60 @@ def test_one_ahead():
     assert [next(found), next(found)] == [1, 2]
     with pytest.raises(UserError, match="the end"):
         next(found)
+
+
+SETTINGS = {  # what a README says of its files -> (the file, its documents or what is refused)
+    'sep: "|"': (b"id|text\n1|a, b\n", ["a, b"]),
+    'delimiter: ";"': (b'id;text\n1;"a; b"\n', ["a; b"]),
+    'sep: "\\t"': (b"id\ttext\n1\ta b\n", ["a b"]),
+    "quoting: 3": (b'id,text\n1,"Hello\n2,there"\n', ['"Hello', 'there"']),
+    'sep: "\\t"\n  quoting: 3': (b'id\ttext\n1\t"Hello"\n', ['"Hello"']),
+    "encoding: utf-8\n  chunksize: 5": (b"id,text\n1,a\n", ["a"]),
+    "skiprows: 1": (b"about\nid,text\n1,a\n", "skiprows: 1"),
+    "header: null\n  names: [id, text]": (b"1,a\n", "header: None, names: ['id', 'text']"),
+    "encoding: latin-1": (b"id,text\n1,a\n", "encoding: latin-1"),
+    "sep: '\\s+'": (b"id text\n1 a\n", "sep: \\s+"),
+    'quotechar: "\'"': (b"id,text\n1,a\n", "quotechar: '"),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_what_a_readme_says_of_its_files_is_followed_or_refused(settings, tmp_path):
+    """datasets itself makes the configuration of the README, here of a folder, and reads it."""
+    import datasets
+
+    content, expected = SETTINGS[settings]
+    configuration = f"- config_name: default\n  data_files: a.csv\n  {settings}\n"
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configuration}---\n")
+    (tmp_path / "a.csv").write_bytes(content)
+    config = datasets.load_dataset_builder(str(tmp_path)).config
+    if isinstance(expected, str):
+        with pytest.raises(UserError) as error:
+            reading_options("org/texts", config)
+        assert f"its README has its files read with {expected}, which is" in str(error.value)
+        return
+    options = reading_options("org/texts", config)
+    found = file_documents(tmp_path / "a.csv", "text", (0, 0), "a.csv", **options)
+    assert [document for document, _ in found] == expected
+    rows = datasets.load_dataset(str(tmp_path), split="train", cache_dir=str(tmp_path / "cache"))
+    assert [row["text"] for row in rows] == expected
+
+
+def test_the_field_of_a_json_file_is_refused_by_name(tmp_path):
+    readme = README.replace(b"path: data/*}]", b"path: data/*}]\n  field: data")
+    files = {"README.md": readme, "data/a.json": json.dumps({"data": [{"text": "a"}]}).encode()}
+    with Hub({"datasets/org/texts": files}) as hub:
+        _, error = finish(start(hub, tmp_path), 2)
+    assert "its README has its files read with field: data, which is not done here" in error
+
+
+def test_the_separator_of_a_readme(tmp_path):
+    readme = README.replace(b"path: data/*}]", b'path: data/*}]\n  sep: "|"')
+    texts = [f"text, {n} " * 100_000 for n in range(3)]
+    content = "id|text\n" + "".join(f"1|{text}\n" for text in texts)
+    with Hub({"datasets/org/texts": {"README.md": readme, "data/a.csv": content.encode()}}) as hub:
+        finish(start(hub, tmp_path))
+    assert_complete(tmp_path, texts)
 
 
 def test_the_hub_switched_off(hub, tmp_path):
