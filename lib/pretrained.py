@@ -258,6 +258,7 @@ def open_checkpoint(content, path: Path, tokenizer: str | None, notes: list[str]
         notes = [*notes, f"{path} names no tokenizer: assuming GPT-2's tokens for its {rows} rows"]
     chosen = choose_tokenizer(own, tokenizer, rows, str(path))
     check_finite(model, str(path))
+    notes = [*notes, *chosen.notes]
     return LoadedModel(model.eval(), chosen, own is not None, content, path, notes)
 
 
@@ -294,7 +295,7 @@ def open_folder(name: str, folder: Path | None, tokenizer: str | None) -> Loaded
         own = folder if has_tokenizer(folder) else None
     chosen = choose_tokenizer(own, tokenizer, model.config.vocab_size, name)
     check_finite(model, name)
-    return LoadedModel(model.eval(), chosen, own is not None)
+    return LoadedModel(model.eval(), chosen, own is not None, notes=chosen.notes)
 
 
 def choose_tokenizer(own, given, rows: int, name: str) -> Tokenizer:
@@ -309,7 +310,7 @@ def choose_tokenizer(own, given, rows: int, name: str) -> Tokenizer:
             " gpt2, else --tokenizer with the folder of its tokenizer.json"
         )
     tokenizer = get_tokenizer(given if own is None else own)
-    if given is not None and get_tokenizer(given).identity != tokenizer.identity:
+    if given is not None and get_tokenizer(given).behavior != tokenizer.behavior:
         raise UserError(
             f"{name} has its own tokenizer ({tokenizer.identity}), which is not {given}"
         )

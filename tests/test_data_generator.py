@@ -1089,7 +1089,10 @@ def test_a_million_white_space_characters(tmp_path):
 
 def test_words_of_a_pattern_that_was_not_quoted(tmp_path, capsys):
     assert data_generator.main(["--dataset", "a.txt", "b.txt", "c.txt"]) == 2
-    assert "b.txt belongs to no flag: quote a text of several" in capsys.readouterr().err
+    assert (
+        "unexpected argument b.txt; quote prompts of several words and globs"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_next_command_is_quoted_for_the_shell(tmp_path, capsys):

@@ -659,7 +659,7 @@ def test_dropout_is_switched_off(tmp_path):
     whole = json.loads(byte_level_bpe().to_str())
     whole["model"]["dropout"] = 0.5
     library = Library.from_str(json.dumps(whole))
-    assert len({tuple(library.encode(TEXTS[0]).ids) for _ in range(3)}) == 3
+    assert len({tuple(library.encode(TEXTS[0]).ids) for _ in range(20)}) > 1
     tokenizer = get_tokenizer(save(tmp_path, library))
     ids = byte_level_bpe().encode(TEXTS[0]).ids
     assert tokenizer.encode(TEXTS[0]) == tokenizer.encode_prompt(TEXTS[0]) == ids
