@@ -4,6 +4,7 @@
     torchrun --standalone --nproc_per_node=8 train.py                           124M on 8 GPUs
     python train.py                                                             the same on one
     python train.py --init_from gpt2 --data_dir mydata --log_dir tuned          OpenAI's weights on
+    python train.py --eval_only --init_from gpt2                                a model's loss
 
 The same command starts a run and resumes it. A step is one update of the weights, from
 `total_batch_size` tokens; however many GPUs there are, they share these tokens, in micro-batches of
@@ -63,11 +64,12 @@ from lib.loader import TokenLoader
 from lib.log import Log, RunFacts, without_paths, write_run
 from lib.loss import linear_cross_entropy
 from lib.muon import Muon, muon_groups
+from lib.pretrained import open_model
 from lib.ranks import Ranks, Stopped
 from lib.shards import DATA_DIR, DEMO_DATA_DIR, public_name
 from lib.speed import Speed, peak_tokens_per_second
 from lib.start import find_start
-from lib.tokenizer import get_tokenizer
+from lib.tokenizer import Tokenizer, get_tokenizer
 from sample import show_samples
 
 Preset = Literal["gpt2", "gpt2-fast", "gpt2-medium", "gpt2-large", "gpt2-xl", "demo"]
@@ -111,6 +113,7 @@ class TrainConfig:
     save_every: int = 1000  # steps between checkpoints; 0: at the end only
     keep_every: int = 5000  # checkpoints at its multiples are kept; 0: the last two only
     keep_best: bool = False  # also save and keep at the lowest validation loss: model_best.pt
+    eval_only: bool = False  # only measure --init_from's model, or else --log_dir's
     # the machine
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: the fastest here
@@ -192,6 +195,7 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
     """Train, or resume training, up to max_steps or a signal. Returns the exit code."""
     # Tokens. Bad input is found here, on every rank alike, before anything is written.
     train_data = open_split("train", config, ranks)
+    train_data.micro_steps(config.batch_size or 1)  # raises UserError if they don't come out even
     val_data = open_split("val", config, ranks) if config.val_every else None
     val_steps = min(config.val_tokens // config.total_batch_size, val_data.steps) if val_data else 0
     tokenizer = get_tokenizer(train_data.stream.tokenizer)
@@ -253,6 +257,9 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
     )  # fmt: skip
 
     # The log, and what this run is.
+    bytes_per_token = None
+    if val_data and ranks.main:
+        bytes_per_token = validation_bytes(val_data, val_steps, tokenizer)
     log = Log(config.log_dir if ranks.main else None, start.step)
     facts = RunFacts(
         config=without_paths(vars(config)),
@@ -264,6 +271,7 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
         precision=start.precision,
         compiled=compiled,
         versions={"python": platform.python_version(), "torch": torch.__version__},
+        val_bytes_per_token=bytes_per_token,
     )
     ranks.print(summary(config, facts, tokenizer.name, start.source, batch_size, micro_steps))
     for remark in remarks(config, train_data, val_data, val_steps):
@@ -304,10 +312,12 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
             stop = stopped.signal_number
             measured = {}
             sample_due = False
-        if "val" in measured:
+        if "val" in measured and ranks.main:
             tokens = val_steps * config.total_batch_size
+            bits = facts.bits_per_byte(measured["val"])
             ranks.print(
-                f"step {step:5d} | validation loss {measured['val']:.4f} on {tokens:,} tokens"
+                f"step {step:5d} | validation loss {measured['val']:.4f} ({bits:.4f} bits per byte)"
+                f" on {tokens:,} tokens"
             )
         if "hella" in measured:
             ranks.print(
@@ -433,16 +443,63 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
     return 0
 
 
+def evaluate(config: TrainConfig, ranks: Ranks) -> int:
+    """Measure a model on the validation shards, and on HellaSwag if it is on; write nothing."""
+    name = config.log_dir if config.init_from == "scratch" else config.init_from
+    val_data = open_split("val", config, ranks)
+    val_steps = min(config.val_tokens // config.total_batch_size, val_data.steps)
+    examples = hellaswag.load_examples(config.hellaswag_data) if config.hellaswag_every else []
+    loaded = open_model(name, val_data.stream.tokenizer)
+    block_size = loaded.model.config.block_size
+    if config.seq_len > block_size:
+        raise UserError(f"--seq_len {config.seq_len} is more than the model's context {block_size}")
+    for note in (*loaded.notes, *val_data.stream.notes):
+        ranks.print(note)
+    ranks.enter_context(explain_out_of_memory(config.batch_size or 1, recompute=True))
+    prepare_device(ranks.device)
+    ranks.connect(config.timeout)
+    ranks.check_equal(settings(config, val_data.stream.identity(), val_data, examples))
+
+    raw_model = loaded.model.to(ranks.device)
+    raw_model.loss = linear_cross_entropy
+    ranks.check_same(raw_model, step=0)
+    ranks.enter_context(explain_compile_failure())
+    compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
+    model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
+    precision = choose_precision(ranks.device, config.dtype)
+    if config.dtype == "auto":  # a run's own, so that the result is what the run has logged
+        precision = loaded.checkpoint.get("precision", precision)
+    dtype = getattr(torch, precision)
+    autocast = torch.autocast(ranks.device.type, dtype, enabled=precision != "float32")
+    batch_size = math.gcd(val_data.micro_steps(batch_size=1), config.batch_size or 8)
+    loss = validation_loss(model, val_data, val_steps, batch_size, ranks, autocast)
+    tokens = val_steps * config.total_batch_size
+    bits = loss / math.log(2) / validation_bytes(val_data, val_steps, loaded.tokenizer)
+    ranks.print(
+        f"{name} on {tokens:,} validation tokens ({loaded.tokenizer.name}) of {config.data_dir}, "
+        f"{precision}:\n"
+        f"loss            {loss:.4f} nats per token\n"
+        f"perplexity      {math.exp(loss):.4f}\n"
+        f"bits per byte   {bits:.4f} (ends of documents are predicted too, and have no bytes)"
+    )
+    if examples:
+        questions = hellaswag.questions_of_rank(
+            examples, loaded.tokenizer, block_size, ranks, most_tokens=2**16
+        )
+        score = hellaswag.score(raw_model, questions, len(examples), ranks, autocast)
+        shown = count(len(examples), "example")
+        ranks.print(f"HellaSwag       {score:.4f} acc_norm (style completion, {shown})")
+    return 0
+
+
 def open_split(split: str, config: TrainConfig, ranks: Ranks) -> TokenLoader:
     """The tokens of "train" or "val" for this rank. Raises UserError for a bad data directory, and
     if the ranks can't get equal shares of a step."""
-    loader = TokenLoader(
+    return TokenLoader(
         config.data_dir, split, config.seq_len, config.total_batch_size, ranks.rank,
         ranks.world_size, pin_memory=ranks.device.type == "cuda",
         shuffle=config.seed if config.shuffle and split == "train" else None,
     )  # fmt: skip
-    loader.micro_steps(config.batch_size or 1)
-    return loader
 
 
 def settings(config: TrainConfig, identity: dict, val_data, examples: list) -> dict:
@@ -525,6 +582,12 @@ def validation_loss(
     return ranks.sum(total).item()
 
 
+def validation_bytes(val_data: TokenLoader, val_steps: int, tokenizer: Tokenizer) -> float:
+    """UTF-8 bytes of the validation text for each token that is predicted in it."""
+    n = val_steps * val_data.step_tokens
+    return tokenizer.count_bytes(val_data.stream.read(1, n)) / n
+
+
 def redraw_curve(log_dir: str, log: Log, ranks: Ranks) -> None:
     """Draw the curve. A picture never ends a run, whatever matplotlib's settings do to it."""
     try:
@@ -561,7 +624,7 @@ def main(argv=None) -> int:
     config = parse(TrainConfig, argv, __doc__, PRESETS)
     check_config(config)
     with Ranks(config.device) as ranks:
-        return train(config, ranks)
+        return evaluate(config, ranks) if config.eval_only else train(config, ranks)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,11 @@ class TokenLoader:
             hint = f"--batch_size {fits} fits"
         else:
             nearest = max(1, round(self.step_tokens / (sequences * self.T))) * sequences * self.T
-            hint = f"--total_batch_size {nearest} fits"
+            hint = f"--total_batch_size {nearest} fits a new run"
+            if self.step_tokens % self.T == 0:  # the number of ranks may change on resuming
+                n = self.step_tokens // self.T
+                fits = max(ranks for ranks in range(1, self.world_size) if n % ranks == 0)
+                hint = f"{fits} ranks (--nproc_per_node) fit, and {hint}"
         raise UserError(
             f"--total_batch_size {self.step_tokens} is not a multiple of --batch_size {batch_size}"
             f" x --seq_len {self.T} x {self.world_size} ranks = {sequences * self.T}\nHINT: {hint}"

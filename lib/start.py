@@ -26,7 +26,7 @@ MODEL_FLAGS = tuple(field.name for field in dataclasses.fields(GPTConfig))
 MAY_CHANGE = {
     "preset", "data_dir", "log_dir", "batch_size", "max_steps", "val_every", "val_tokens",
     "hellaswag_every", "hellaswag_data", "sample_every", "save_every", "keep_every", "keep_best",
-    "device", "compile", "recompute", "timeout",
+    "eval_only", "device", "compile", "recompute", "timeout",
 }  # fmt: skip
 
 

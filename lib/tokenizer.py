@@ -191,6 +191,10 @@ class Tokenizer:
         """
         raise NotImplementedError
 
+    def count_bytes(self, ids: np.ndarray) -> int:
+        """The length in UTF-8 of the text of ids (n,), in bytes. Ends of documents have none."""
+        raise NotImplementedError
+
     def files(self, block_size: int) -> dict[str, bytes]:
         """{file name: content} of what publishes it in a Hugging Face folder.
 
@@ -237,6 +241,10 @@ class GPT2Tokenizer(Tokenizer):
 
     def decoder(self, prompt=()):
         return ByteDecoder(self.encoding.decode_single_token_bytes)
+
+    def count_bytes(self, ids):
+        lengths = [len(self.encoding.decode_single_token_bytes(id)) for id in range(self.eot_token)]
+        return int(np.array([*lengths, 0])[ids].sum())
 
     def files(self, block_size):
         return published_files(gpt2_files(), block_size)
@@ -287,6 +295,9 @@ class BytesTokenizer(Tokenizer):
 
     def decoder(self, prompt=()):
         return ByteDecoder(lambda id: bytes([id]) if id < 256 else END_OF_TEXT.encode())
+
+    def count_bytes(self, ids):
+        return int(np.count_nonzero(ids != self.eot_token))
 
     def files(self, block_size):
         return published_files(bytes_files(), block_size)
@@ -459,6 +470,12 @@ class JsonTokenizer(Tokenizer):
 
     def decoder(self, prompt=()):
         return JsonDecoder(self.decode, prompt)
+
+    def count_bytes(self, ids):
+        ends = np.flatnonzero(ids == self.eot_token)
+        documents = [part[part != self.eot_token].tolist() for part in np.split(ids, ends)]
+        texts = self.library.decode_batch(documents, skip_special_tokens=False)
+        return sum(len(text.encode()) for text in texts)
 
     def files(self, block_size):
         ids = self.library.get_vocab(with_added_tokens=True)
