@@ -24,7 +24,7 @@ BAD = {
     "heads": (["--n_head=3"], "n_head 3 does not divide n_embd 32: n_head 4 would|n_head 2 would"),
     "no layers": (["--n_layer=0"], "--n_layer is 0: it must be at least 1"),
     "total batch": (
-        ["--total_batch_size=100"], "100 is not a multiple.*\nHINT: --total_batch_size 96 fits a new"
+        ["--total_batch_size=100"], "100 is not a multiple.*\nHINT: --total_batch_size 96 fits"
     ),
     "batch": (["--batch_size=3"], "--batch_size 3 x .*\nHINT: --batch_size 2 fits"),
     "no shards": (
