@@ -120,7 +120,7 @@ class GPT(nn.Module):
         """The last layer's output for tokens idx (B, T): (B, T, C), C channels for each token.
 
         cache: a KVCache for each layer. While they are empty, idx is the whole prompt, then one
-        token at a time. Raises ValueError if a token would stand beyond block_size.
+        token at a time. Raises ValueError if a token would be beyond block_size.
         """
         start = cache[0].length if cache else 0
         end = start + idx.size(1)
@@ -151,7 +151,7 @@ class GPT(nn.Module):
 
         temperature: 0, or anything below 1e-6, takes the likeliest token. top_k: only from the k
         likeliest. generator: torch.Generator on idx's device. n_vocab: only ids below it, so that
-        rows that pad the table are never drawn. Beyond block_size it goes on from the last
+        rows that pad the table are never drawn. Beyond block_size it continues from the last
         block_size tokens.
         """
         cache = [KVCache(self.config.block_size) for _ in self.transformer.h]

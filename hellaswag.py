@@ -46,7 +46,7 @@ class HellaSwagConfig:
     model: str = "log/model_checkpoint.pt"  # a checkpoint, a model's folder, or gpt2 ... of the Hub
     tokenizer: str | None = None  # for a model that brings none: gpt2, or a tokenizer.json
     data: str | None = None  # .jsonl file in HellaSwag's own format (default: from the Hub)
-    limit: PositiveInt | None = None  # only the first so many examples
+    limit: PositiveInt | None = None  # score only the first N examples
     # how
     style: Literal["completion", "harness"] = "completion"  # by tokens, or as the harness does it
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
@@ -59,7 +59,7 @@ def load_examples(path: str | None = None, style: str = "completion") -> list[di
     """The examples of a .jsonl file; without one the validation set from the Hub, which `datasets`
     fetches once, whichever rank comes first.
 
-    Raises UserError naming the line of a bad example, or if the data can't be had.
+    Raises UserError naming the line of a bad example, or if the data is not available.
     """
     where = path or "Rowan/hellaswag"
     examples = []

@@ -202,7 +202,6 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
     examples = hellaswag.load_examples(config.hellaswag_data) if config.hellaswag_every else []
 
     # The state to start from: new weights, those of --init_from, or the newest checkpoint.
-    ranks.enter_context(explain_out_of_memory(config.batch_size or 1, config.recompute))
     if ranks.main:
         ranks.enter_context(only_writer(config.log_dir, "*.pt", "log.txt", "run.json", "*.png"))
     fastest = choose_precision(ranks.device, config.dtype)
@@ -216,7 +215,6 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
     if ranks.main and start.path:
         claim(start.path, start.step)
 
-    ranks.enter_context(explain_compile_failure())
     compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
     compiled = compiled and not torch._dynamo.config.disable  # TORCH_COMPILE_DISABLE=1
 
@@ -455,7 +453,6 @@ def evaluate(config: TrainConfig, ranks: Ranks) -> int:
         raise UserError(f"--seq_len {config.seq_len} is more than the model's context {block_size}")
     for note in (*loaded.notes, *val_data.stream.notes):
         ranks.print(note)
-    ranks.enter_context(explain_out_of_memory(config.batch_size or 1, recompute=True))
     prepare_device(ranks.device)
     ranks.connect(config.timeout)
     ranks.check_equal(settings(config, val_data.stream.identity(), val_data, examples))
@@ -463,7 +460,6 @@ def evaluate(config: TrainConfig, ranks: Ranks) -> int:
     raw_model = loaded.model.to(ranks.device)
     raw_model.loss = linear_cross_entropy
     ranks.check_same(raw_model, step=0)
-    ranks.enter_context(explain_compile_failure())
     compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
     model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
     precision = choose_precision(ranks.device, config.dtype)
@@ -624,6 +620,8 @@ def main(argv=None) -> int:
     config = parse(TrainConfig, argv, __doc__, PRESETS)
     check_config(config)
     with Ranks(config.device) as ranks:
+        ranks.enter_context(explain_compile_failure())
+        ranks.enter_context(explain_out_of_memory(config.batch_size or 1, config.recompute))
         return evaluate(config, ranks) if config.eval_only else train(config, ranks)
 
 

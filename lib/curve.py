@@ -73,8 +73,8 @@ def finite(points: list[tuple[int, float]]) -> np.ndarray:
 
 
 def thin(points: np.ndarray, most=4000) -> np.ndarray:
-    """Neighbours averaged, so that a curve has at most so many points: more than a picture has
-    pixels. A point has the last step of those that it averages."""
+    """Neighbours averaged, so that a curve has at most `most` points: more than a picture has
+    pixels. The step of a point is the last one that it averages."""
     width = math.ceil(len(points) / most) or 1
     n = len(points) // width * width
     steps = points[width - 1 : n : width, 0]

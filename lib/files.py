@@ -1,8 +1,8 @@
 """Files that are whole or absent, directories with one writer, and what a file system can't do.
 
-Network and FUSE file systems lack some of what a local disk has. Each such lack costs one warning,
-which says what is lost by it, and the run goes on; an error of the disk itself (EIO, ENOSPC) is
-raised.
+Network and FUSE file systems lack some of what a local disk has. For each lack there is one
+warning, which names the consequence, and the run continues; an error of the disk itself (EIO,
+ENOSPC) is raised.
 """
 
 import contextlib

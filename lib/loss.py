@@ -92,9 +92,9 @@ def softmax_loss(logits, targets):
 
 @torch.library.custom_op("gpt124m::softmax_loss_", mutates_args={"logits"})
 def softmax_loss_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """softmax_loss in one kernel: returns the losses, and the gradient stands in logits.
+    """softmax_loss in one kernel: returns the losses, and writes the gradient into logits.
 
-    An operator of its own, so that torch.compile takes it as it is.
+    A custom operator, so that torch.compile leaves it as it is.
     """
     from lib.softmax_kernel import softmax_loss_kernel
 
@@ -113,7 +113,7 @@ def _(logits, targets):
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """total (V, C) float32 += left.T @ right, for left (rows, V) and right (rows, C).
 
-    left and right are of one precision, any; the total is float32. An operator of its own, because
+    left and right have the same precision, any; the total is float32. A custom operator, because
     Inductor would keep the products of all slices and add them up in one kernel.
     """
     if right.dtype == total.dtype:
