@@ -12,6 +12,7 @@ Shapes: B rows in a batch, T tokens in a row, M predicted tokens in a batch, C c
 vocabulary.
 """
 
+import codecs
 import contextlib
 import json
 import math
@@ -63,7 +64,8 @@ def load_examples(path: str | None = None, style: str = "completion") -> list[di
     """
     where = path or "Rowan/hellaswag"
     examples = []
-    for number, example in enumerate(read_examples(path) if path else fetch_examples(), start=1):
+    found = read_examples(path) if path else fetch_examples()
+    for number, example in enumerate(found, start=1):
         try:
             if isinstance(example, bytes):
                 if not example.strip():
@@ -84,7 +86,7 @@ def load_examples(path: str | None = None, style: str = "completion") -> list[di
 def read_examples(path: str) -> list[bytes]:
     """The lines of a file."""
     try:
-        return Path(path).read_bytes().split(b"\n")
+        return Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise UserError(f"the HellaSwag file {path} can't be read: {error.strerror}") from None
 
@@ -136,25 +138,18 @@ def check_example(example: dict, style: str) -> dict:
 # ---- tokens ----
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A context with one of its four endings, as tokens."""
-
-    context: list[int]
-    ending: list[int]
-    length: int  # by which acc_norm divides the ending's loss: its tokens, or its characters
-
-
-def encode_choice(example: dict, ending: str, tokenizer: Tokenizer, style: str) -> Choice:
+def encode_choice(example: dict, ending: str, tokenizer: Tokenizer, style: str):
+    """(tokens of the context, tokens of one of its endings, length by which acc_norm divides the
+    ending's loss: its tokens, or its characters)."""
     if style == "completion":
         tokens = tokenizer.encode(" " + ending)
-        return Choice(tokenizer.encode(example["ctx"]), tokens, len(tokens))
+        return tokenizer.encode(example["ctx"]), tokens, len(tokens)
     ctx_b = example["ctx_b"].capitalize()
     context = tidy(f"{example['activity_label']}: {example['ctx_a']} {ctx_b}")
     ending = tidy(ending)
     whole = tokenizer.encode(context + " " + ending)
     split = len(tokenizer.encode(context.rstrip()))
-    return Choice(whole[:split], whole[split:], max(1, len(ending)))
+    return whole[:split], whole[split:], max(1, len(ending))
 
 
 def tidy(text: str) -> str:
@@ -175,11 +170,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of similar length, padded on the right, where no token of a row looks."""
+    """Rows of similar length, padded on the right, where causal attention never looks."""
 
     idx: torch.Tensor  # (B, T)
     targets: torch.Tensor  # (B, T): the tokens of the endings, -1 elsewhere
-    numbers: torch.Tensor  # (B,): of the endings
+    endings: torch.Tensor  # (B,): their numbers
 
 
 @dataclass(frozen=True)
@@ -200,11 +195,10 @@ def prepare(
     lengths = np.ones((len(examples), 4))
     for number, example in enumerate(examples):
         for choice, ending in enumerate(example["endings"]):
-            encoded = encode_choice(example, ending, tokenizer, style)
-            context = encoded.context or [tokenizer.eot_token]
-            tokens = (context + encoded.ending)[-(block_size + 1) :]
-            scored = min(len(encoded.ending), len(tokens) - 1)
-            lengths[number, choice] = encoded.length if style == "harness" else scored
+            context, answer, length = encode_choice(example, ending, tokenizer, style)
+            tokens = ((context or [tokenizer.eot_token]) + answer)[-(block_size + 1) :]
+            scored = min(len(answer), len(tokens) - 1)
+            lengths[number, choice] = length if style == "harness" else scored
             rows.append(Row(tokens, scored, 4 * number + choice))
     rows.sort(key=lambda row: len(row.tokens))
     batches = []
@@ -235,24 +229,24 @@ def collate(rows: list[Row]) -> Batch:
 def ending_losses(model: GPT, questions: Questions, batches: Iterable[Batch]) -> np.ndarray:
     """Summed loss of each ending in nats, (n, 4).
 
-    batches: those of the questions, perhaps from an iterator that shows progress or stops early.
-    The head is computed where an ending is predicted, nowhere else.
+    batches: `questions.batches`, possibly wrapped in a progress bar or in an iterator that stops on
+    a signal. The head is computed where an ending is predicted, nowhere else.
     """
     device = model.lm_head.weight.device
     head = model.lm_head.weight[: questions.n_vocab]  # (V, C)
-    at_a_time = 2**26 // questions.n_vocab  # predicted tokens whose logits are in memory at once
+    at_a_time = 2**26 // questions.n_vocab  # predictions whose logits are in memory at once
     sums = torch.zeros(4 * len(questions.labels), device=device)
     for batch in batches:
-        numbers = batch.numbers.to(device, non_blocking=True)
+        endings = batch.endings.to(device, non_blocking=True)
         targets = batch.targets.to(device, non_blocking=True)
         b, t = (targets >= 0).nonzero(as_tuple=True)  # (M,) each: where an ending is predicted
         with changing_shapes():
             hidden = model.hidden(batch.idx.to(device, non_blocking=True))[b, t]  # (M, C)
         for i in range(0, len(b), at_a_time):
-            some = slice(i, i + at_a_time)
-            logits = F.linear(hidden[some], head).float()  # (at_a_time, V)
-            losses = F.cross_entropy(logits, targets[b[some], t[some]], reduction="none")
-            sums.index_add_(0, numbers[b[some]], losses)
+            part = slice(i, i + at_a_time)
+            logits = F.linear(hidden[part], head).float()  # (at_a_time, V)
+            losses = F.cross_entropy(logits, targets[b[part], t[part]], reduction="none")
+            sums.index_add_(0, endings[b[part]], losses)
     return sums.view(len(questions.labels), 4).cpu().double().numpy()
 
 

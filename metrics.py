@@ -50,6 +50,8 @@ def show(log_dir: str) -> None:
     if streams.keys() & {"train", "val"}:
         try:
             print(f"drawn: {draw_curve(log_dir, streams)}")
+        except UserError:
+            raise
         except Exception as error:  # matplotlib's settings, a directory that can't be written
             print(f"WARNING: the curve is not drawn: {one_line_error(error)}")
 

@@ -131,6 +131,14 @@ def test_a_bad_line_is_named(line, message, tmp_path):
         load_examples(str(tmp_path / "h.jsonl"))
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    examples = write_hellaswag(tmp_path / "a.jsonl", 2)
+    content = (tmp_path / "a.jsonl").read_bytes()
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + content)
+    found = load_examples(str(tmp_path / "b.jsonl"))
+    assert [example["ctx"] for example in found] == [example["ctx"] for example in examples]
+
+
 def test_labels_are_numbers_or_strings(tmp_path):
     (tmp_path / "h.jsonl").write_text(
         json.dumps(GOOD) + "\n\n" + json.dumps(GOOD | {"label": "2"}) + "\n"
