@@ -1,28 +1,24 @@
 """The pass written out against the model's, transformers' and torch's own; what is printed of it;
-and that no text of the picture lies on another."""
+and the numbers that the page gets. test_inside_page.py has what a browser shows of them."""
 
+import base64
+import json
 import math
-import warnings
-from dataclasses import replace
+import re
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import script
-from matplotlib.image import imread
+from conftest import damage, script
 
 import inside
 from GPT_Modules import GPT, GPTConfig
 from lib.checkpoint import load_model
 from lib.tokenizer import get_tokenizer
 
-# a newline, a tab, an emoji and Chinese of several tokens, a combining accent, mathematics, a long
-# word, control codes: what is hard to write into a picture
-HARD = (
-    "a\n\tb 🙂 中文 e\u0301 $x_1^{ $\\alpha$ \x1b[31m "
-    "pneumonoultramicroscopicsilicovolcanoconiosis \u202e\u200b a\n\tb"
-)
 SHAPES = [
     GPTConfig(block_size=64, vocab_size=320, n_layer=1, n_head=1, n_embd=8),
     GPTConfig(block_size=64, vocab_size=320, n_layer=3, n_head=4, n_embd=32),
@@ -45,11 +41,12 @@ def random_tokens(config: GPTConfig, T: int, seed=0) -> list[int]:
     return torch.randint(config.vocab_size, (T,), generator=generator).tolist()
 
 
-def run_pass(model: GPT, tokens: list[int]) -> inside.Trace:
+def run_pass(model: GPT, tokens: list[int]) -> SimpleNamespace:
     return inside.forward(inside.weights_of(model), tokens, model.config.n_head)
 
 
 def save_model(model: GPT, path, tokenizer="bytes") -> str:
+    """A file that --model takes."""
     content = {"model": model.state_dict(), "config": model.config, "tokenizer": tokenizer}
     torch.save(content, path)
     return str(path)
@@ -70,10 +67,10 @@ def test_logits_are_the_models(config, T):
     with torch.no_grad():
         expected, _ = model(torch.tensor([tokens]))
     trace = run_pass(model, tokens)
-    assert np.abs(trace["logits"] - expected[0].numpy()).max() < 1e-4
-    assert {value.dtype for name, value in trace.values.items() if name != "mask"} == {
-        np.dtype("float32")
-    }
+    assert np.abs(trace.logits - expected[0].numpy()).max() < 1e-4
+    for values in (trace, *trace.blocks):
+        for name, value in vars(values).items():
+            assert name in ("mask", "blocks") or value.dtype == np.float32, name
 
 
 def test_logits_of_a_trained_model(trained):
@@ -81,7 +78,7 @@ def test_logits_of_a_trained_model(trained):
     tokens = tokenizer.encode_prompt("Return the ")
     with torch.no_grad():
         expected, _ = model(torch.tensor([tokens]))
-    assert np.abs(run_pass(model, tokens)["logits"] - expected[0].numpy()).max() < 1e-4
+    assert np.abs(run_pass(model, tokens).logits - expected[0].numpy()).max() < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -114,33 +111,32 @@ def test_every_value_that_transformers_tells(shape, tmp_path):
     def close(ours, tensor):
         assert np.abs(ours - tensor[0].numpy()).max() < 1e-4
 
-    close(trace["logits"], expected.logits)
-    for layer, attention in enumerate(expected.attentions):
-        close(trace[f"h.{layer}.attention"], attention)
-    close(trace["x"], expected.hidden_states[0])
-    for layer, x in enumerate(expected.hidden_states[1:-1]):
-        close(trace[f"h.{layer}.x + mlp"], x)
-    close(trace["ln_f"], expected.hidden_states[-1])
-    assert abs(np.nanmean(inside.surprise(trace["logits"], tokens)) - expected.loss) < 1e-4
+    close(trace.logits, expected.logits)
+    for block, attention in zip(trace.blocks, expected.attentions, strict=True):
+        close(block.attention, attention)
+    close(trace.x, expected.hidden_states[0])
+    for block, x in zip(trace.blocks, expected.hidden_states[1:-1], strict=False):
+        close(block.x_after_mlp, x)
+    close(trace.ln_f, expected.hidden_states[-1])
+    assert abs(np.nanmean(inside.surprise(trace.logits, tokens)) - expected.loss) < 1e-4
 
 
 def test_what_a_pass_keeps():
     config = SHAPES[1]
     T, C, H = 11, config.n_embd, config.n_head
-    tokens = random_tokens(config, T)
-    trace = run_pass(random_model(config), tokens)
-    for layer in range(config.n_layer):
-        attention = trace[f"h.{layer}.attention"]
-        assert attention.shape == (H, T, T)
-        assert np.abs(attention.sum(axis=2) - 1).max() < 1e-6
-        assert not np.triu(attention, k=1).any()
-        assert trace[f"h.{layer}.q"].shape == (H, T, C // H)
-        added = trace[f"h.{layer}.attn"] + trace[f"h.{layer}.mlp"]
-        before = trace["x" if layer == 0 else f"h.{layer - 1}.x + mlp"]
-        assert np.abs(before + added - trace[f"h.{layer}.x + mlp"]).max() < 1e-5
-    assert trace["mask"].tolist() == [[column <= row for column in range(T)] for row in range(T)]
-    assert trace["probabilities"].shape == (T, config.vocab_size)
-    assert list(trace.values) == list(trace.meanings)
+    trace = run_pass(random_model(config), random_tokens(config, T))
+    x = trace.x
+    assert len(trace.blocks) == config.n_layer
+    for block in trace.blocks:
+        assert block.attention.shape == (H, T, T)
+        assert np.abs(block.attention.sum(axis=2) - 1).max() < 1e-6
+        assert not np.triu(block.attention, k=1).any()
+        assert block.q.shape == (H, T, C // H)
+        assert np.abs(x + block.attn + block.mlp - block.x_after_mlp).max() < 1e-5
+        x = block.x_after_mlp
+    assert trace.mask.tolist() == [[column <= row for column in range(T)] for row in range(T)]
+    assert trace.probabilities.shape == (T, config.vocab_size)
+    assert {*vars(trace), *vars(trace.blocks[0])} - {"blocks"} == {*inside.MEANING}
 
 
 def test_the_functions_are_torchs():
@@ -167,16 +163,16 @@ def test_the_lens_of_the_last_layer_is_the_output():
     config = SHAPES[1]
     model, tokens = random_model(config), random_tokens(config, 12)
     trace, weights = run_pass(model, tokens), inside.weights_of(model)
-    likeliest, chances = inside.logit_lens(trace, weights, config.n_layer, config.vocab_size, 2)
+    likeliest, chances = inside.logit_lens(trace, weights, config.vocab_size, 2)
     assert likeliest.shape == chances.shape == (config.n_layer + 1, 10)
-    probabilities = trace["probabilities"][2:]
+    probabilities = trace.probabilities[2:]
     assert likeliest[-1].tolist() == probabilities.argmax(axis=1).tolist()
     assert np.abs(chances[-1] - probabilities.max(axis=1)).max() < 1e-6
     with torch.no_grad():  # and that of the middle is the model's head on what the middle holds
-        x = torch.from_numpy(trace["h.0.x + mlp"][2:])
+        x = torch.from_numpy(trace.blocks[0].x_after_mlp[2:])
         expected = model.lm_head(model.transformer.ln_f(x)).softmax(dim=1)
     assert np.abs(chances[1] - expected.max(dim=1).values.numpy()).max() < 1e-5
-    likeliest, _ = inside.logit_lens(trace, weights, config.n_layer, 5, 0)
+    likeliest, _ = inside.logit_lens(trace, weights, 5, 0)
     assert likeliest.max() < 5  # rows that pad the table are never the likeliest
 
 
@@ -251,11 +247,10 @@ def test_the_space_before_a_word_is_kept():
 def test_characters_that_would_spoil_a_line():
     shown = {"\u0301": "U+0301", "\u202e": "U+202E", "\x7f": "\\x7f", "é": "é", "中": "中"}
     assert {character: inside.visible(character) for character in shown} == shown
-    assert inside.drawable("é中") == "éU+4E2D"  # what matplotlib's own fonts lack
 
 
 def test_what_is_printed(model_file, tmp_path, capsys):
-    out = tmp_path / "x.png"
+    out = tmp_path / "x.html"
     assert inside.main(["ab\nab", "--model", model_file, "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "5 tokens, each with its id:\n\n  a 97  b 98  ↵ 10  a 97  b 98" in text
@@ -278,7 +273,7 @@ def test_what_is_printed(model_file, tmp_path, capsys):
 
 
 def test_prompts_that_are_short_or_long(model_file, tmp_path, capsys):
-    words = ["--model", model_file, "--out", str(tmp_path / "x.png")]
+    words = ["--model", model_file, "--out", str(tmp_path / "x.html")]
     assert inside.main(words) == 0
     text = capsys.readouterr().out
     assert "1 token, each with its id:\n\n  <|endoftext|> 256" in text and "mean" not in text
@@ -291,104 +286,243 @@ def test_prompts_that_are_short_or_long(model_file, tmp_path, capsys):
 
 
 def test_bad_input(model_file, tmp_path, capsys):
-    out = tmp_path / "x.png"
-    folder = tmp_path / "folder.png"
+    out = tmp_path / "x.html"
+    folder = tmp_path / "folder.html"
     folder.mkdir()
     for words, message in (
-        (["a", "--layer=3", "--head=0"], "--layer is 3: this model has layers 0 to 2"),
-        (["a", "--layer=0", "--head=4"], "--head is 4: this model has heads 0 to 3"),
-        (["a", "--layer=0"], "--layer and --head go together"),
-        (["a", "--head=0"], "--layer and --head go together"),
-        (["a", "--layer=-1", "--head=0"], "--layer is -1: it must be at least 0"),
-        (["a", f"--out={tmp_path}/x.pdf"], "its name must end in .png"),
+        (["a", f"--out={tmp_path}/x.png"], "its name must end in .html"),
         (["a", f"--out={folder}"], f"--out {folder} is a directory"),
-        (["a", f"--out={tmp_path}/none/x.png"], f"there is no directory {tmp_path}/none"),
+        (["a", f"--out={tmp_path}/none/x.html"], f"there is no directory {tmp_path}/none"),
         (["a", f"--model={tmp_path}/none.pt"], "there is no checkpoint or folder"),
-        (["a", "--heads=1"], "unknown flag --heads=1: did you mean --head?"),
+        (["a", "--layer=1"], "unknown flag --layer=1"),
+        (["a", "--history"], "--history: there are no checkpoints in"),
     ):
         assert inside.main(["--model", model_file, "--out", str(out), *words]) == 2
         captured = capsys.readouterr()
         assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
-    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.html"]
 
 
 def test_weights_that_are_not_finite(tmp_path, capsys):
     model = random_model(SHAPES[0])
     model.transformer.wpe.weight.data[0, 0] = math.nan
-    words = ["--model", save_model(model, tmp_path / "m.pt"), "--out", str(tmp_path / "x.png")]
+    words = ["--model", save_model(model, tmp_path / "m.pt"), "--out", str(tmp_path / "x.html")]
     assert inside.main(["a", *words]) == 1
-    assert "not finite" in capsys.readouterr().err and not (tmp_path / "x.png").exists()
+    assert "not finite" in capsys.readouterr().err and not (tmp_path / "x.html").exists()
 
 
-# ---- the picture ----
+# ---- the page ----
 
 
-WIDE = GPTConfig(block_size=256, vocab_size=50304, n_layer=12, n_head=12, n_embd=24)
-DEEP = GPTConfig(block_size=256, vocab_size=320, n_layer=14, n_head=32, n_embd=32)
-PICTURES = {
-    "one token": (SHAPES[0], "bytes", ""),
-    "bytes": (SHAPES[1], "bytes", HARD[:60]),
-    "hard tokens": (WIDE, "gpt2", HARD),
-    "long words": (WIDE, "gpt2", " antidisestablishmentarianism counterrevolutionaries" * 9),
-    "many layers and heads": (DEEP, "bytes", HARD),
-}
+def page_data(path) -> dict:
+    """The JSON in a page."""
+    content = path.read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script type="application/json"[^>]*>(.*?)</script>', content)[1])
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_no_text_lies_on_another(name):
-    config, tokenizer, prompt = PICTURES[name]
-    model, tokenizer = random_model(config), get_tokenizer(tokenizer)
-    tokens = tokenizer.encode_prompt(prompt)[: config.block_size] or [tokenizer.eot_token]
-    look, _ = inside.look_into(model, tokenizer, tokens, "log/" * 40 + "$x_^{$.pt")
-    pages = [inside.draw(look), inside.draw_head(look, 0, 0)]
-    if name == "bytes":  # a frame of each kind, so that the whole legend is there
-        kinds = {(0, head): (kind, 0.9) for head, kind in enumerate(inside.KINDS)}
-        pages.append(inside.draw(replace(look, kinds=kinds)))
-    for page in pages:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # a glyph that the font lacks
-            boxes, texts = text_boxes(page)
-        left, bottom, right, top = boxes.T
-        width, height = page.figure.canvas.get_width_height()
-        assert width == 1600
-        assert left.min() >= 0 and bottom.min() >= 0
-        assert right.max() <= width and top.max() <= height
-        over = (left[:, None] < right - 0.5) & (right[:, None] - 0.5 > left)
-        over &= (bottom[:, None] < top - 0.5) & (top[:, None] - 0.5 > bottom)
-        pairs = np.argwhere(np.triu(over, k=1))
-        assert not len(pairs), [(texts[i], texts[j]) for i, j in pairs[:5]]
+def maps_of(data: dict, number: int) -> np.ndarray:
+    """(L, H, S, S): a pass's attention as its bytes say, 0 for what is ahead."""
+    L, H, S = data["n_layer"], data["n_head"], len(data["tokens"])
+    packed = np.frombuffer(base64.b64decode(data["passes"][number]["attention"]), np.uint8)
+    maps = np.zeros((L, H, S, S))
+    rows, columns = np.tril_indices(S)
+    maps[:, :, rows, columns] = packed.reshape(L, H, -1) / 255
+    return maps
 
 
-def text_boxes(page) -> tuple[np.ndarray, list[str]]:
-    """(left, bottom, right, top) in pixels of the ink of each text of a page, and the texts."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def assert_page_has_the_pass(data: dict, number: int, model: GPT, tokenizer, tokens: list[int]):
+    """Every number of a pass on the page is that of a new pass; the last 64 tokens are there."""
+    trace, weights = run_pass(model, tokens), inside.weights_of(model)
+    shown = data["passes"][number]
+    first = max(0, len(tokens) - 64)
+    assert data["tokens"] == tokens[first:]
 
-    renderer = FigureCanvasAgg(page.figure).get_renderer()
-    extents = [text.get_window_extent(renderer).extents for text in page.texts]
-    return np.array(extents), [text.get_text() for text in page.texts]
+    nats = inside.surprise(trace.logits, tokens)
+    known = slice(1 if first == 0 else 0, None)
+    assert np.allclose(shown["surprise"][known], nats[first:][known], atol=1e-6)
+    assert first or shown["surprise"][0] is None
+    assert (shown["mean"] is None) == (len(tokens) == 1)
+    assert len(tokens) == 1 or math.isclose(shown["mean"], np.nanmean(nats), rel_tol=1e-6)
+
+    p = trace.probabilities[first:, : tokenizer.n_vocab]
+    assert np.allclose(shown["chances"], -np.sort(-p, axis=1)[:, :5], atol=1e-6)
+    for t, (ids, chances) in enumerate(zip(shown["likeliest"], shown["chances"], strict=True)):
+        assert np.allclose(p[t, ids], chances, atol=1e-6) and len({*ids}) == 5
+    for t, rank in enumerate(shown["rank"]):
+        assert rank == 1 + (p[t] > p[t, data["tokens"][t + 1]]).sum()
+
+    attention = np.array([block.attention[:, first:, first:] for block in trace.blocks])
+    assert np.abs(maps_of(data, number) - attention).max() <= 0.5 / 255 + 1e-6
+    lens_tokens, chances = inside.logit_lens(trace, weights, tokenizer.n_vocab, first)
+    assert shown["lens"] == lens_tokens.T.tolist()
+    assert np.allclose(shown["lens_chances"], chances.T, atol=1e-6)
+    lengths = [
+        [np.median(np.linalg.norm(x, axis=1)) for x in (b.attn, b.mlp, b.x_after_mlp)]
+        for b in trace.blocks
+    ]
+    assert np.allclose(shown["lengths"], lengths, rtol=1e-5)
+    ids = {*data["tokens"], *np.ravel(shown["likeliest"]), *np.ravel(shown["lens"])}
+    for id in map(int, ids):
+        assert data["labels"][str(id)] == inside.label(tokenizer, id)
 
 
-def test_the_picture_shows_the_numbers(model_file, tmp_path):
-    """Pixels of one head's map are darker where it looks more; long prompts end in the picture."""
+@pytest.mark.parametrize("prompt", ["", "a", "Return the string", "b" + "a" * 63])
+def test_the_page_has_the_numbers_of_the_pass(prompt, model_file, tmp_path, capsys):
+    out = tmp_path / "x.html"
+    assert inside.main([prompt, "--model", model_file, "--out", str(out)]) == 0
+    data = page_data(out)
     model, tokenizer = load_model(model_file)
-    look, trace = inside.look_into(model, tokenizer, list(range(60)), "m")
-    assert look.first == 20 and look.lens_tokens.shape == (4, 40)
-    page = inside.draw_head(look, 2, 1)
-    [picture] = page.images
-    shown = trace["h.2.attention"][1, 20:, 20:]
-    colors = picture.get_array()
-    for row, column in ((0, 0), (39, 3), (20, 19)):
-        assert np.allclose(colors[row, column], inside.shade("Blues", shown[row, column] ** 0.5))
-    assert np.allclose(colors[0, 1, :3], 0.93)
-    texts = [text.get_text() for text in page.texts]
-    assert "the last 40 of the prompt's 60 tokens" in texts
-    assert f"{100 * shown.max():.0f}" in texts
+    assert data["prompt"] == prompt and data["model"] == model_file
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in data["about"]
+    tokens = tokenizer.encode_prompt(prompt) or [tokenizer.eot_token]
+    assert_page_has_the_pass(data, 0, model, tokenizer, tokens)
+
+
+def test_the_last_64_tokens_are_shown(tmp_path, capsys):
+    config = GPTConfig(block_size=80, vocab_size=320, n_layer=2, n_head=2, n_embd=16)
+    model, out = random_model(config), tmp_path / "x.html"
+    words = ["--model", save_model(model, tmp_path / "m.pt"), "--out", str(out)]
+    for length in (64, 65, 90):  # 90 is longer than the context too
+        prompt = "".join(chr(97 + n % 26) for n in range(length))
+        assert inside.main([prompt, *words]) == 0
+        data, tokenizer = page_data(out), get_tokenizer("bytes")
+        assert_page_has_the_pass(data, 0, model, tokenizer, tokenizer.encode(prompt)[-80:])
+        cut = f"a prompt of {length} tokens, of which this page shows the last 64"
+        assert data["about"].endswith(cut) == (length > 64)
+
+
+def test_heads_with_more_than_half_in_one_place():
+    tokens = [7, 8, 9, 7, 8, 9, 7]
+    T = len(tokens)
+    attention = np.full((3, T, T), 1 / T)
+    attention[1] = np.eye(T, k=-1)  # the token before
+    attention[2] = 0.4 * np.eye(T, k=-1) + 0.6 * np.eye(T)  # itself, more than the one before
+    trace = SimpleNamespace(blocks=[SimpleNamespace(attention=attention)] * 2)
+    kinds = inside.head_kinds(trace, tokens)
+    assert {head: kind for head, (kind, _) in kinds.items()} == {
+        (layer, head): kind for layer in (0, 1) for head, kind in ((1, "previous"), (2, "itself"))
+    }
+    assert kinds[0, 1][1] == 1 and math.isclose(kinds[1, 2][1], 0.6)
+
+
+def test_a_page_of_gpt2s_size():
+    """144 heads and 40 tokens are below 2 MB; with 64 tokens too."""
+    rng = np.random.default_rng(0)
+    trace = SimpleNamespace(x=rng.normal(size=(64, 24)), blocks=[])
+    trace.logits = rng.normal(size=(64, 50257))
+    trace.probabilities = inside.softmax(trace.logits)
+    for _ in range(12):
+        x = rng.normal(size=(64, 24))
+        attention = inside.softmax(np.where(np.tri(64), rng.normal(size=(12, 64, 64)), -np.inf))
+        block = SimpleNamespace(attn=x, mlp=x, x_after_mlp=x, attention=attention)
+        trace.blocks.append(block)
+    weights = {"wte.weight": rng.normal(size=(50257, 24))}
+    weights |= {"ln_f.weight": np.ones(24), "ln_f.bias": np.zeros(24)}
+    tokens = rng.integers(50257, size=64).tolist()
+    summary = inside.summarize(trace, weights, tokens, 64, get_tokenizer("gpt2"), None)
+    facts = {"model": "gpt2", "prompt": "x", "about": "", "n_vocab": 50257}
+    assert len(inside.page([summary], [], facts).encode()) < 1_000_000
+
+
+def test_nothing_of_the_page_is_loaded_from_elsewhere():
+    template = inside.TEMPLATE.read_text(encoding="utf-8")
+    assert template.count("__DATA__") == 1
+    assert max(map(len, template.splitlines())) <= 100
+    assert not re.search(r"https?:|//\w|@import|url\(|src=|fetch|innerHTML|eval\(", template)
+    assert re.findall(r'href="(.*?)"', template) == ["data:,"]
+
+
+def test_a_prompt_that_looks_like_a_page(model_file, tmp_path, capsys):
+    out = tmp_path / "x.html"
+    for prompt in ("</script><script>alert(1)</script>", "<!-- __DATA__ \\u003c \u2028 \udcff 🙂"):
+        assert inside.main([prompt, "--model", model_file, "--out", str(out)]) == 0
+        assert page_data(out)["prompt"] == prompt
+        content = out.read_text(encoding="utf-8")
+        assert content.count("<script") == content.count("</script>") == 2
+        assert content.count("<!--") == 1
+
+
+# ---- the history of a run ----
+
+
+@pytest.fixture
+def history(tmp_path):
+    """A log directory with three checkpoints, and the models by their steps."""
+    log_dir = tmp_path / "log"
+    log_dir.mkdir()
+    models = {step: random_model(SHAPES[1], seed=step) for step in (250, 500, 12_000)}
+    for step, model in models.items():
+        save_model(model, log_dir / f"model_{step:05d}.pt")
+    (log_dir / "model_checkpoint.pt").symlink_to("model_12000.pt")
+    return log_dir, models
+
+
+def test_every_checkpoint_of_a_run(history, tmp_path, capsys):
+    (log_dir, models), out = history, tmp_path / "x.html"
+    words = ["Return the", "--model", str(log_dir), "--out", str(out)]
+    assert inside.main([*words, "--history"]) == 0
+    printed, data, tokenizer = capsys.readouterr().out, page_data(out), get_tokenizer("bytes")
+    assert [shown["step"] for shown in data["passes"]] == [250, 500, 12_000]
+    tokens = tokenizer.encode("Return the")
+    for number, (step, model) in enumerate(models.items()):
+        assert_page_has_the_pass(data, number, model, tokenizer, tokens)
+        mean = np.nanmean(inside.surprise(run_pass(model, tokens).logits, tokens))
+        assert f"  step {step:<9,} {mean:7.2f}  " in printed
+    assert "3 checkpoints, and the prompt's mean surprise at each:" in printed
+    assert data["skipped"] == []
+
+    assert inside.main(words) == 0  # what is printed first is the last one, as without --history
+    alone, data = capsys.readouterr().out, page_data(out)
+    assert printed.startswith(alone.partition("\nsaved ")[0])
+    assert [shown["step"] for shown in data["passes"]] == [None]
+    assert_page_has_the_pass(data, 0, models[12_000], tokenizer, tokens)
+
+
+def test_a_checkpoint_that_can_not_be_shown_is_named(history, tmp_path, capsys):
+    (log_dir, models), out = history, tmp_path / "x.html"
+    words = ["Return the", "--model", str(log_dir), "--out", str(out)]
+    tokens, tokenizer = get_tokenizer("bytes").encode("Return the"), get_tokenizer("bytes")
+    damage(log_dir / "model_00500.pt")
+    broken = random_model(SHAPES[1])
+    broken.transformer.wpe.weight.data[0, 0] = math.nan
+    save_model(broken, log_dir / "model_13000.pt")
+    assert inside.main([*words, "--history"]) == 0
+    printed, data = capsys.readouterr().out, page_data(out)
+    assert [shown["step"] for shown in data["passes"]] == [250, 12_000]
+    assert_page_has_the_pass(data, 0, models[250], tokenizer, tokens)
+    assert_page_has_the_pass(data, 1, models[12_000], tokenizer, tokens)
+    damaged, not_finite = data["skipped"]
+    assert f"{log_dir}/model_00500.pt is damaged" in damaged
+    assert f"{log_dir}/model_13000.pt: its weights or its logits are not finite" in not_finite
+    for reason in data["skipped"]:
+        assert f"  skipped: {reason}\n" in printed
+
+    # what is printed of the pass is of the last good one
+    shutil.move(log_dir / "model_13000.pt", tmp_path / "elsewhere.pt")
+    assert inside.main(words) == 0
+    assert printed.startswith(capsys.readouterr().out.partition("\nsaved ")[0])
+
+    out.unlink()
+    for step in (250, 12_000):
+        damage(log_dir / f"model_{step:05d}.pt")
+    assert inside.main([*words, "--history"]) == 2
+    errors = capsys.readouterr().err
+    assert f"no checkpoint in {log_dir} is good" in errors and errors.count("is damaged") == 3
+    assert not out.exists()
+
+
+def test_the_history_of_one_token(history, tmp_path, capsys):
+    (log_dir, _), out = history, tmp_path / "x.html"
+    assert inside.main(["x", "--model", str(log_dir), "--out", str(out), "--history"]) == 0
+    assert "  step 12,000\n" in capsys.readouterr().out
+    assert [shown["mean"] for shown in page_data(out)["passes"]] == [None] * 3
 
 
 def test_as_a_command(trained, tmp_path):
-    out = tmp_path / "a.png"
-    done = script("inside.py", "def f(x):\n", "--model", trained, "--out", out)
+    """From another directory, with a run that train.py has made."""
+    done = script(
+        "inside.py", "def f(x):\n", "--model", trained, "--history", "--out=a.html", cwd=tmp_path
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert imread(out).shape[1] == 1600
-    done = script("inside.py", "def", "--model", trained, "--out", out, "--layer=1", "--head=0")
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    steps = [shown["step"] for shown in page_data(tmp_path / "a.html")["passes"]]
+    assert steps == sorted(int(p.stem[6:]) for p in trained.glob("model_0*.pt"))
