@@ -391,6 +391,16 @@ def test_the_last_64_tokens_are_shown(tmp_path, capsys):
         assert data["about"].endswith(cut) == (length > 64)
 
 
+def test_the_page_says_that_a_context_cuts_the_prompt(tmp_path, capsys):
+    config = GPTConfig(block_size=16, vocab_size=320, n_layer=1, n_head=1, n_embd=8)
+    model, out = random_model(config), tmp_path / "x.html"
+    words = ["--model", save_model(model, tmp_path / "m.pt"), "--out", str(out)]
+    assert inside.main(["ab" * 10, *words]) == 0
+    data = page_data(out)
+    assert data["about"].endswith("a prompt of 20 tokens, of which this page shows the last 16")
+    assert_page_has_the_pass(data, 0, model, get_tokenizer("bytes"), [97, 98] * 8)
+
+
 def test_heads_with_more_than_half_in_one_place():
     tokens = [7, 8, 9, 7, 8, 9, 7]
     T = len(tokens)

@@ -236,6 +236,8 @@ def test_the_number_under_the_pointer(browser, history, traces):
     assert " can’t look ahead to " in text(browser, "#cell")
     browser.click("#large", 0.1, 4.5 / T)
     assert chosen(browser, "#prompt") == 4
+    browser.move("#large", 0.1, 0.9)
+    assert "(token 4)" not in text(browser, "#cell")
     browser.move("h1")  # back to where the head looks most from the chosen token
     u = int(attention[4].argmax())
     assert text(browser, "#cell").endswith(f" to {names[u]} (token {u}).")
@@ -352,10 +354,11 @@ def test_the_curve_the_play_button_and_the_skipped_checkpoint(browser, history, 
 
 
 def test_a_head_is_named_since_the_step_at_which_it_appeared(browser, tmp_path):
-    """A run in which head 0.1 learns to look at the token before, by position alone."""
+    """A run in which head 0.1 learns to look at the token before, by position alone, and then
+    unlearns it."""
     config = GPTConfig(block_size=16, vocab_size=320, n_layer=1, n_head=2, n_embd=32)
     T = 16
-    for step, strength in ((100, 0.0), (200, 0.1), (300, 1.0), (400, 2.0)):
+    for step, strength in ((100, 0.0), (200, 0.1), (300, 1.0), (400, 2.0), (500, 0.0)):
         model = random_model(config)
         model.transformer.wte.weight.data.zero_()
         model.transformer.wpe.weight.data = torch.eye(T, 32)  # position t is the channel t
@@ -371,7 +374,7 @@ def test_a_head_is_named_since_the_step_at_which_it_appeared(browser, tmp_path):
     assert inside.main(["abcdefghij", "--model", str(tmp_path), "--history", f"--out={out}"]) == 0
     browser.open(out)
     shares = []
-    for checkpoint in range(4):
+    for checkpoint in range(5):
         browser.evaluate(f"choose({{checkpoint: {checkpoint}}})")
         model = random_model(config)
         content = torch.load(tmp_path / f"model_{100 * (checkpoint + 1):05d}.pt")
@@ -386,7 +389,8 @@ def test_a_head_is_named_since_the_step_at_which_it_appeared(browser, tmp_path):
         else:
             assert named == f"the token before:0.1: {shares[-1]:.0%}, since step 300"
             assert texts(browser, "#heads .named") == [f"previous {shares[-1]:.0%}"]
-    assert shares[1] < 0.5 < shares[2] < shares[3]
+    assert shares[1] < 0.5 < shares[2] < shares[3] and shares[4] < 0.5
+    browser.evaluate("choose({checkpoint: 3})")
     browser.click("#heads button")
     assert text(browser, "#which") == "Layer 0, head 0"
     browser.click("#named button")
@@ -455,6 +459,8 @@ def test_numbers_of_heads_are_above_their_maps(browser, n_head, tmp_path):
         maps_x, maps_y = (centers(browser, "#heads canvas", axis) for axis in "xy")
         assert np.abs(maps_x.reshape(3, n_head) - x[1 : n_head + 1]).max() < 1
         assert np.abs(maps_y.reshape(3, n_head).T - y[n_head + 1 :]).max() < 1
+        fits = "$('heads').scrollWidth <= $('heads').parentElement.clientWidth"
+        assert browser.evaluate(fits) == (n_head <= 12)
         browser.click(f"#heads button:nth-of-type({3 * n_head})")
         assert text(browser, "#which").startswith(f"Layer 2, head {n_head - 1}")
 
@@ -495,10 +501,10 @@ def test_light_and_dark(browser, history, traces, scheme, width):
     assert lightness > 230 if scheme == "light" else lightness < 40
 
     # a map that is drawn before the scheme changes is drawn again after it
-    def color():
-        browser.evaluate("choose({token: 0, layer: 0, head: 0})")  # all of it goes to itself
-        cell = browser.pixels("#large")[4:8, 4:8].mean(axis=(0, 1))
-        return cell.tolist()
+    browser.evaluate("choose({token: 5, layer: 0, head: 0})")
+
+    def color():  # of the first token, all of whose attention goes to itself
+        return browser.pixels("#large")[4:8, 4:8].mean(axis=(0, 1))
 
     blue = {"light": [0x00, 0x72, 0xB2], "dark": [0x63, 0xB7, 0xF2]}
     assert np.allclose(color(), blue[scheme], atol=2)
