@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from browser import CHROMIUM, Browser
 from conftest import damage
@@ -77,7 +78,7 @@ def traces():
     return [run_pass(random_model(SMALL, seed=step), BYTES.encode(PROMPT)) for step in STEPS]
 
 
-def page_of(prompt: str, config: GPTConfig, tokenizer: str, directory, **changes):
+def page_of(prompt: str, config: GPTConfig, tokenizer, directory):
     """The page of a random model."""
     model = save_model(random_model(config), directory / "model.pt", tokenizer)
     out = directory / "page.html"
@@ -435,6 +436,23 @@ def test_hostile_prompts(browser, name, tokenizer, tmp_path):
         assert_no_scroll_bar(browser, width)
     cut = len(encoding.encode_prompt(prompt)) > 64
     assert ("of which this page shows the last 64." in text(browser, "#about")) == cut
+
+
+def test_tokens_that_are_markup(browser, tmp_path):
+    """Each word of this tokenizer is a token."""
+    words = ["<b>bold</b>", "<script>alert(1)</script>", "<img/src=x/onerror=alert(1)>", "&amp;"]
+    vocab = {word: id for id, word in enumerate([*words, "<|endoftext|>"])}
+    model = tokenizers.models.WordLevel(vocab, unk_token="&amp;")
+    library = tokenizers.Tokenizer(model)
+    library.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    library.add_special_tokens(["<|endoftext|>"])
+    config = GPTConfig(block_size=16, vocab_size=5, n_layer=1, n_head=1, n_embd=8)
+    out = page_of(" ".join(words), config, {"tokenizer.json": library.to_str()}, tmp_path)
+    browser.open(out)
+    for selector in ("#prompt bdi", "#map .row", "#map .column"):
+        assert [name.removeprefix("·") for name in texts(browser, selector)] == words
+    assert {name.removeprefix("·") for name in texts(browser, "#expected bdi")} == {*vocab}
+    assert browser.evaluate("document.body.querySelectorAll('b, img, bdi *').length") == 0
 
 
 def assert_no_scroll_bar(browser, width: int):
