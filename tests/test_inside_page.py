@@ -312,6 +312,12 @@ def test_the_slider_changes_the_step_and_all_numbers(browser, history, traces):
         shown = texts(browser, "#prompt small.warm")
         assert np.allclose([*map(float, shown[1:])], nats[1:], atol=0.051)
         assert_expectation(browser, trace, 7)
+        best = trace.probabilities[:, : BYTES.n_vocab].argmax(axis=1)
+        assert texts(browser, "#guessed bdi") == [inside.label(BYTES, int(id)) for id in best]
+        right = (best[:-1] == tokens[1:]).sum()
+        said = f"{right} of 20 guesses for the next token are right (bold): "
+        assert text(browser, "#guessed").startswith(said)
+        assert len(texts(browser, "#guessed .right")) == right
         layer, head = browser.evaluate("[state.layer, state.head]")
         assert_heads_view(browser, trace, layer, head, 7)
         kinds = inside.head_kinds(trace, tokens)
