@@ -93,7 +93,7 @@ def lens_of(trace, step: int):
 
 
 def texts(browser, selector: str) -> list[str]:
-    """What stands in each of these elements."""
+    """The text of each of these elements."""
     return browser.evaluate(
         f"[...document.querySelectorAll({json.dumps(selector)})].map(e => e.textContent)"
     )
@@ -394,7 +394,7 @@ def test_a_head_is_named_since_the_step_at_which_it_appeared(browser, tmp_path):
             assert named == "No head has a dashed frame."
             assert not texts(browser, "#heads .named")
         else:
-            assert named == f"the token before:0.1: {shares[-1]:.0%}, since step 300"
+            assert named == f"the token before (layer.head):0.1: {shares[-1]:.0%}, since step 300"
             assert texts(browser, "#heads .named") == [f"previous {shares[-1]:.0%}"]
     assert shares[1] < 0.5 < shares[2] < shares[3] and shares[4] < 0.5
     browser.evaluate("choose({checkpoint: 3})")
@@ -420,6 +420,8 @@ def test_hostile_prompts(browser, name, tokenizer, tmp_path):
         browser.open(out, width=width)
         shown = browser.evaluate(codes.format("$('text').textContent"))
         assert shown == [ord(character) for character in prompt or "(no prompt)"]
+        if name == "lines":  # as lines
+            assert browser.evaluate("$('text').innerText.split('\\n').length") > 3
         encoding = get_tokenizer(tokenizer)
         tokens = (encoding.encode_prompt(prompt) or [encoding.eot_token])[-128:][-64:]
         labels = [inside.label(encoding, id) for id in tokens]
@@ -537,6 +539,23 @@ def test_light_and_dark(browser, history, traces, scheme, width):
     browser.call("Emulation.setEmulatedMedia", features=features)
     browser.evaluate("new Promise(requestAnimationFrame)")
     assert np.allclose(color(), blue[other], atol=2)
+
+
+def test_the_chosen_rows_are_in_view(browser, tmp_path):
+    """In panels that are too small for all of their rows; the page itself does not move."""
+    config = GPTConfig(block_size=64, vocab_size=320, n_layer=2, n_head=1, n_embd=8)
+    browser.open(page_of("ü" * 32, config, "bytes", tmp_path))
+    browser.evaluate("scrollTo(0, 300)")
+    for t in (63, 0, 31, 32, 60, 5):
+        browser.evaluate(f"choose({{token: {t}}})")
+        assert browser.evaluate("scrollY") == 300
+        for row, panel in (("#lens tr.on", "#lens"), ("#map .row.on", "#map")):
+            [middle] = centers(browser, row, "y")
+            top, bottom = browser.evaluate(
+                f"(({{top, bottom}}) => [top, bottom])"
+                f"(document.querySelector('{panel}').parentElement.getBoundingClientRect())"
+            )
+            assert top < middle < bottom and bottom - top < 730, (t, panel)
 
 
 def test_the_address_chooses(browser, history):
