@@ -339,7 +339,9 @@ def test_the_curve_the_play_button_and_the_skipped_checkpoint(browser, history, 
     tokens = BYTES.encode(PROMPT)
     browser.open(history)
     means = [np.nanmean(inside.surprise(trace.logits, tokens)) for trace in traces]
-    assert browser.evaluate("dots.map(dot => dot.title)") == [f"step {step:,}" for step in STEPS]
+    assert browser.evaluate("dots.map(dot => dot.title)") == [
+        f"step {step:,}: {mean:.2f} nats" for step, mean in zip(STEPS, means, strict=True)
+    ]
     # the numbers of the first steps are too near to each other to be shown
     assert texts(browser, "#curve span") == ["12,000", "1,000"]
     assert texts(browser, "#curve small") == [f"{means[3]:.2f}", f"{means[2]:.2f}"]
@@ -401,8 +403,8 @@ def test_a_head_is_named_since_the_step_at_which_it_appeared(browser, tmp_path):
     browser.click("#heads button")
     assert text(browser, "#which") == "Layer 0, head 0"
     browser.click("#named button")
-    goes = f"{shares[3]:.0%} of its attention goes to the token before"
-    assert text(browser, "#which") == f"Layer 0, head 1: {goes}"
+    share = f"{shares[3]:.0%} of its attention"
+    assert text(browser, "#which") == f"Layer 0, head 1: the token before, {share}"
 
 
 # ---- prompts, sizes, colours ----
