@@ -16,7 +16,7 @@ from conftest import damage, script
 
 import inside
 from GPT_Modules import GPT, GPTConfig
-from lib.checkpoint import load_model
+from lib.pretrained import load_model
 from lib.tokenizer import get_tokenizer
 
 SHAPES = [
