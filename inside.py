@@ -25,18 +25,18 @@ import numpy as np
 
 from GPT_Modules import GPT
 from lib.checkpoint import checkpoint_paths
-from lib.cli import UserError, command, count, parse
+from lib.cli import LocalPath, UserError, command, count, parse, print_notes
 from lib.files import whole_file
-from lib.pretrained import load_model
+from lib.pretrained import open_model
 from lib.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class InsideConfig:
     prompt: str = ""  # text to look into; without one, the end-of-text token alone
-    model: str = "log/model_checkpoint.pt"  # a checkpoint, a folder, or gpt2 ... from the Hub
-    tokenizer: str | None = None  # gpt2, bytes, or a tokenizer.json, for a model without one
-    out: str = "inside.html"  # page to write
+    model: LocalPath = "log/model_checkpoint.pt"  # a checkpoint, a folder, or gpt2 ... from the Hub
+    tokenizer: LocalPath | None = None  # gpt2, bytes, or a tokenizer.json, for a model without one
+    out: LocalPath = "inside.html"  # page to write
     history: bool = False  # show all checkpoints of the log directory --model, with a slider
 
 
@@ -94,7 +94,7 @@ def forward(weights: dict[str, np.ndarray], tokens: list[int], n_head: int) -> S
 # {a value of forward: (how it is printed, what it means)}
 MEANING = {
     "wte": ("wte[tokens]", "what each token is: a table's row"),
-    "wpe": ("wpe[:T]", "where it stands: a row for each position"),
+    "wpe": ("wpe[:T]", "where it is: a row for each position"),
     "x": ("x", "their sum: the residual stream begins"),
     "ln_1": ("h.0.ln_1", "x with its size taken out"),
     "qkv": ("h.0.qkv", "three things of each token:"),
@@ -352,7 +352,7 @@ def describe(summary: PassSummary, trace: SimpleNamespace) -> str:
         lines.append(f"  {summary.labels[token]:14} {chance:7.2%}  {bar(chance, 1)}")
 
     lines += ["", "how surprising each token was, in nats (-ln of its probability):", ""]
-    lines.append(f"  {names[0]:14}       the first: nothing stands before it")
+    lines.append(f"  {names[0]:14}       the first: nothing is before it")
     for name, nats in zip(names[1:], summary.surprise[1:], strict=True):
         lines.append(f"  {name:14} {nats:7.2f}  {bar(nats, 16)}")
     if T > 1:
@@ -462,13 +462,16 @@ def main(argv=None) -> int:
 
 def look_into(config: InsideConfig, name: str, step: int | None):
     """(summary of a pass, all its values, what the page says of model and prompt)."""
-    model, tokenizer = load_model(name, tokenizer=config.tokenizer)
+    loaded = open_model(name, config.tokenizer)
+    print_notes(loaded.notes)
+    model = loaded.model
+    tokenizer = loaded.tokenizer
     prompt = tokenizer.encode_prompt(config.prompt) or [tokenizer.eot_token]
     tokens = prompt[-model.config.block_size :]
     weights = weights_of(model)
     trace = forward(weights, tokens, model.config.n_head)
     if not np.isfinite(trace.logits).all():
-        raise UserError(f"{name}: its weights or its logits are not finite", code=1)
+        raise UserError(f"{name}: its logits are not finite", code=1)
     shape = model.config
     about = [
         f"{count(shape.n_layer, 'layer')} of {count(shape.n_head, 'head')}",
@@ -490,7 +493,7 @@ def look_into(config: InsideConfig, name: str, step: int | None):
 
 
 def models(config: InsideConfig) -> list[tuple[int | None, str]]:
-    """(step, what load_model takes) of the model, or of each checkpoint of its run."""
+    """(step, what open_model takes) of the model, or of each checkpoint of its run."""
     if not config.history:
         return [(None, config.model)]
     paths = checkpoint_paths(config.model)
