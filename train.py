@@ -285,7 +285,7 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
     stop = 0  # the signal that ends the run; 0: none
     skips = 0  # updates skipped in a row
     printed = 0.0  # when the last line was
-    seconds = math.inf  # that the last step took
+    seconds = 1e6  # that the last step took; unknown yet, perhaps many
     ask_every = 1  # micro-batches of a step between questions whether a signal ends the run
     ranks.signals.listen()
 
@@ -390,7 +390,8 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
         from_any_rank = ranks.max(ranks.signals.received(), seconds)
         step_values = torch.stack((ranks.sum(loss_sum), norm, *from_any_rank))
         loss, norm, stop, slowest = step_values.tolist()
-        ask_every = max(1, int(micro_steps * PATIENCE / slowest))
+        parts = max(1, math.ceil(slowest / PATIENCE))  # of a step
+        ask_every = math.ceil(micro_steps / parts)
         # loss and norm are over all ranks, so each of them decides the same
         if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step()
