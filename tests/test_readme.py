@@ -33,7 +33,7 @@ def commands() -> list[tuple[str, list[str]]]:
         blocks += re.findall(r"`((?:python|torchrun) [^`]+)`", page)
         for line in "\n".join(blocks).splitlines():
             for part in line.split("&&"):
-                words = shlex.split(part)
+                words = shlex.split(part, comments=True)
                 names = [word for word in words if word in CONFIGS]
                 if names:
                     found.append((names[0], words[words.index(names[0]) + 1 :]))
