@@ -60,7 +60,7 @@ class DataConfig:
     # the shards
     data_dir: str = DATA_DIR  # directory to write
     shard_size: PositiveInt = 100_000_000  # tokens in a shard; shard 0 is for validation
-    max_tokens: PositiveInt | None = None  # stop after so many, validation included (default: all)
+    max_tokens: PositiveInt | None = None  # stop after this many, with validation (default: all)
     tokenizer: str = "gpt2"  # gpt2, bytes, or a tokenizer.json or the folder that it is in
     # the work
     verify: bool = False  # check the shards in data_dir against their manifest, and write nothing
@@ -175,8 +175,8 @@ def batches_of(sources, position: Position, skip_bad: bool):
 
 
 def start_manifest(config: DataConfig, files: list[str], tokenizer: Tokenizer) -> Manifest:
-    """The manifest of data_dir to go on from, or a new one; raises UserError if what is there is of
-    another run."""
+    """The manifest of data_dir to resume from, or a new one. Raises UserError if data_dir has the
+    shards of another run."""
     old = read_manifest(config.data_dir)
     new = Manifest(
         dataset=config.dataset,
@@ -194,15 +194,15 @@ def start_manifest(config: DataConfig, files: list[str], tokenizer: Tokenizer) -
         for path in Path(config.data_dir).glob("*train*"):
             if path.suffix in (".npy", ".bin"):
                 raise UserError(
-                    f"{path} is there already, without a manifest.json: choose another --data_dir"
+                    f"{path} already exists, without a manifest.json: choose another --data_dir"
                 )
         return new
     check_same_settings(config, old, new)
     kept = get_tokenizer(find_tokenizer(config.data_dir, old))
     if kept.eot_token != tokenizer.eot_token:
         raise UserError(
-            f"{config.data_dir} was begun with token {kept.eot_token} before each document, the"
-            f" tokenizer now names {tokenizer.eot_token}: choose another --data_dir"
+            f"{config.data_dir} was begun with token {kept.eot_token} before each document, but"
+            f" the tokenizer now names {tokenizer.eot_token}: choose another --data_dir"
         )
     try:
         for entry in old.shards:
@@ -215,7 +215,7 @@ def start_manifest(config: DataConfig, files: list[str], tokenizer: Tokenizer) -
 
 
 def check_same_settings(config: DataConfig, old: Manifest, new: Manifest) -> None:
-    """Raise UserError naming each setting in which a new manifest differs from the one there."""
+    """Raise UserError naming each setting in which the new manifest differs from the old one."""
     settings = (
         "dataset",
         "name",
@@ -242,7 +242,7 @@ def check_same_settings(config: DataConfig, old: Manifest, new: Manifest) -> Non
 
 
 def keep_tokenizer(data_dir: str, tokenizer: Tokenizer) -> None:
-    """Copy a tokenizer of one's own into the data directory, whole."""
+    """Copy a custom tokenizer into the data directory."""
     if isinstance(tokenizer.state, dict):
         for name, text in tokenizer.state.items():
             with whole_file(Path(data_dir) / name) as file:
@@ -250,7 +250,7 @@ def keep_tokenizer(data_dir: str, tokenizer: Tokenizer) -> None:
 
 
 def expected_tokens(config: DataConfig, files: list[str]) -> int | None:
-    """About how many tokens data_dir will have at the end; None where that can't be known."""
+    """About how many tokens data_dir will have at the end, or None if that can't be estimated."""
     if config.max_tokens is not None or config.dataset == "pydoc":
         return config.max_tokens
     if (config.dataset, hub_name(config)) == (FINEWEB_EDU, "sample-10BT"):
@@ -262,11 +262,12 @@ def expected_tokens(config: DataConfig, files: list[str]) -> int | None:
 
 
 def check_space(config: DataConfig, files: list[str], written: int) -> None:
-    """Compare the bytes that are still to come, where they can be known, with the bytes that are
-    free."""
+    """Raise UserError if the bytes still to come, where they can be estimated, don't fit on the
+    disk."""
     if (expected := expected_tokens(config, files)) is None:
         return
-    needed, free = 2 * (expected - written), shutil.disk_usage(config.data_dir).free
+    needed = 2 * (expected - written)
+    free = shutil.disk_usage(config.data_dir).free
     if free < 0.9 * needed:
         raise UserError(
             f"{config.data_dir} needs about {needed:,} bytes, {free:,} are free.\n"
@@ -301,7 +302,7 @@ class Timed:
 def generate(
     config: DataConfig, files: list[str], manifest: Manifest, tokenizer: Tokenizer
 ) -> list[NotText]:
-    """Write the shards that the manifest does not have yet, and print how long that took; returns
+    """Write the shards that the manifest does not have yet, and print where the time went; returns
     the first documents that were skipped. Raises UserError as ShardWriter does, and for a source
     that fills no more than the validation shard."""
     writer = ShardWriter(config.data_dir, manifest, tokenizer.eot_token)
@@ -336,6 +337,7 @@ def generate(
             first_skipped = (first_skipped + not_texts)[:MAX_SKIPPED_SHOWN]
             if writer.tokens == config.max_tokens:
                 break
+    shutil.rmtree(downloads, ignore_errors=True)
 
     if not manifest.shards:
         if writer.tokens == 0:
@@ -349,7 +351,6 @@ def generate(
             f"HINT: --shard_size {max(1, writer.tokens // 10)}"
         )
     writer.finish(position.skipped)
-    shutil.rmtree(downloads, ignore_errors=True)
     total = time.perf_counter() - start
     waited = f"waited for the network {paths.seconds:.0f} s, " if paths.seconds else ""
     print(
@@ -380,7 +381,7 @@ def verify(config: DataConfig) -> None:
 
 
 def write_data_set(config: DataConfig) -> Manifest:
-    """Begin data_dir or go on with it, to its end; returns its manifest."""
+    """Write data_dir, or resume writing it, to the end; returns its manifest."""
     tokenizer = get_tokenizer(config.tokenizer)
     files, note = ([], "") if config.dataset == "pydoc" else local_files(config.dataset)
     with only_writer(config.data_dir, "*.npy", "manifest.json", "tokenizer*.json"):
@@ -393,7 +394,7 @@ def write_data_set(config: DataConfig) -> Manifest:
         print(
             f"{source} -> {config.data_dir}, tokenizer {config.tokenizer}, shards of"
             f" {config.shard_size:,} tokens"
-            + (f"; going on after {count(written, 'shard')}" if written else ""),
+            + (f"; resuming after {count(written, 'shard')}" if written else ""),
             flush=True,
         )
         if note:
@@ -430,11 +431,11 @@ def main(argv=None) -> int:
     documents_written = sum(entry.documents for entry in manifest.shards)
     how = f" in {time.time() - start:.0f} s"
     if before and before.complete:
-        how = "; it was complete already"
+        how = "; it was already complete"
         if config.max_tokens is not None and manifest.tokens < config.max_tokens:
             how += (
-                f" and does not grow to --max_tokens {config.max_tokens:,}: that takes another"
-                " --data_dir"
+                f" and does not grow to --max_tokens {config.max_tokens:,}: choose another"
+                " --data_dir for that"
             )
     print(
         f"{config.data_dir}: {count(documents_written, 'document')}, {manifest.tokens:,} tokens, "

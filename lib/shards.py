@@ -29,7 +29,7 @@ from lib.tokenizer import GPT2_TOKENS
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"  # the data set of GPT-2's default run
 DATA_DIR = "edu_fineweb10B"
 DEMO_DATA_DIR = "demo/data"
-OWN_TOKENIZER = "tokenizer.json"  # lies beside the manifest if it is neither gpt2 nor bytes
+OWN_TOKENIZER = "tokenizer.json"  # beside the manifest if it is neither gpt2 nor bytes
 BIN_MAGIC = 20240520  # llm.c's and modded-nanogpt's .bin shards: uint16 tokens of GPT-2
 BIN_HEADER = 256 * 4  # bytes
 

@@ -155,7 +155,7 @@ def test_what_has_changed_since_is_not_mixed(change, tmp_path, capsys):
     assert data_generator.main(words) == 2
     says = {
         "shard lost": "000002.npy is missing\nHINT: restore",
-        "manifest lost": "is there already, without a",
+        "manifest lost": "already exists, without a",
     }
     assert says.get(change, "revision was 2 files, ") in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
@@ -693,7 +693,7 @@ def test_a_tokenizer_of_ones_own(own_tokenizer, tmp_path, capsys):
     settings = own_tokenizer / "tokenizer_config.json"
     settings.write_text('{"eos_token": "<pad>"}')
     assert data_generator.main([*words, "--tokenizer", file]) == 2
-    assert "begun with token 1 before each document, the" in capsys.readouterr().err
+    assert "begun with token 1 before each document, but" in capsys.readouterr().err
     settings.write_text('{"eos_token": "<end>"}')
     (tmp_path / "data" / "tokenizer.json").write_bytes(content + b"\n")
     for command in ([*words, "--tokenizer", file], ["--verify", *words]):
@@ -838,10 +838,10 @@ with only_writer({str(uninterrupted / 'data')!r}):
     assert data_generator.main([*words[:-1], "--tokenizer=gpt2", "--shard_size=20000"]) == 2
     assert "tokenizer was bytes, is gpt2; vocab_size was 257, is 50257" in capsys.readouterr().err
     assert data_generator.main([*words, "--shard_size=20000"]) == 0
-    assert "it was complete already\n" in capsys.readouterr().out
+    assert "it was already complete\n" in capsys.readouterr().out
     assert data_generator.main([*words, "--shard_size=20000", "--max_tokens=9999999"]) == 0
     assert (
-        "it was complete already and does not grow to --max_tokens 9,999,999"
+        "it was already complete and does not grow to --max_tokens 9,999,999"
         in capsys.readouterr().out
     )
 
