@@ -23,7 +23,15 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from lib.cli import PositiveInt, UserError, command, count, one_line_error, parse
+from lib.cli import (
+    PositiveInt,
+    UserError,
+    command,
+    count,
+    one_line_error,
+    parse,
+    print_notes,
+)
 from lib.documents import NotText, documents, file_documents, local_files
 from lib.files import only_writer, whole_file
 from lib.hub import fetched, find_commit, find_files
@@ -39,8 +47,9 @@ from lib.shards import (
     read_manifest,
     verify_shard,
 )
-from lib.tokenizer import Tokenizer, get_tokenizer
+from lib.tokenizer import EncoderMismatch, Tokenizer, get_tokenizer
 
+PYDOC = "Python's own documentation"
 FINEWEB_EDU_10B_TOKENS = 9_950_000_000  # of sample-10BT, about
 BATCH = 256  # documents that are tokenized at a time, or fewer that have
 BATCH_CHARACTERS = 2**23  # together
@@ -275,10 +284,15 @@ def check_space(config: DataConfig, files: list[str], written: int) -> None:
         )
 
 
-def tokenized(batches, tokenizer: Tokenizer):
+def tokenized(batches, tokenizer: Tokenizer, files: list[str]):
     """Yield (tokens (n,) uint16, position after them, what was skipped) of each batch."""
     for texts, position, not_texts in batches:
-        yield tokenizer.encode_documents([text for text, _ in texts]), position, not_texts
+        try:
+            tokens = tokenizer.encode_documents([text for text, _ in texts])
+        except EncoderMismatch as error:
+            _, (file, number) = texts[error.index]
+            raise UserError(f"{files[file]}, document {number}: {error}", code=1) from None
+        yield tokens, position, not_texts
 
 
 class Timed:
@@ -311,8 +325,10 @@ def generate(
     downloads = Path(config.data_dir) / "downloads.tmp"
     paths = Timed([])
     if config.dataset == "pydoc":
+        names = [PYDOC]
         sources = [pydoc_from(place)]
     elif files:
+        names = files
         sources = [documents(files, config.text_field, place)]
     else:
         name = hub_name(config)
@@ -321,7 +337,7 @@ def generate(
         paths = Timed(fetched(names[position.file :], downloads, config.max_tokens is None))
         sources = files_of_hub(paths, names, config.text_field, place, options)
     batches = Timed(batches_of(sources, position, config.skip_bad))
-    arrays = Timed(tokenized(batches, tokenizer))
+    arrays = Timed(tokenized(batches, tokenizer, names))
     first_skipped = []
     start = time.perf_counter()
     with tqdm(
@@ -383,22 +399,21 @@ def verify(config: DataConfig) -> None:
 def write_data_set(config: DataConfig) -> Manifest:
     """Write data_dir, or resume writing it, to the end; returns its manifest."""
     tokenizer = get_tokenizer(config.tokenizer)
-    files, note = ([], "") if config.dataset == "pydoc" else local_files(config.dataset)
+    files, notes = ([], []) if config.dataset == "pydoc" else local_files(config.dataset)
     with only_writer(config.data_dir, "*.npy", "manifest.json", "tokenizer*.json"):
         manifest = start_manifest(config, files, tokenizer)
         if manifest.complete:
             return manifest
         written = len(manifest.shards)
         check_space(config, files, manifest.tokens)
-        source = "Python's own documentation" if config.dataset == "pydoc" else config.dataset
+        source = PYDOC if config.dataset == "pydoc" else config.dataset
         print(
-            f"{source} -> {config.data_dir}, tokenizer {config.tokenizer}, shards of"
-            f" {config.shard_size:,} tokens"
+            f"{source} -> {config.data_dir}, tokenizer {config.tokenizer} ({tokenizer.encoder}),"
+            f" shards of {config.shard_size:,} tokens"
             + (f"; resuming after {count(written, 'shard')}" if written else ""),
             flush=True,
         )
-        if note:
-            print(note, flush=True)
+        print_notes([*tokenizer.notes, *notes])
         try:
             keep_tokenizer(config.data_dir, tokenizer)
             first_skipped = generate(config, files, manifest, tokenizer)

@@ -1,6 +1,6 @@
 """Documents: the texts in files, from any place on.
 
-    files, note = local_files("texts/*.jsonl.gz")
+    files, notes = local_files("texts/*.jsonl.gz")
     for document, place in documents(files, "text"): ...  # each a str, or NotText
     documents(files, "text", place)                       # those after a place
 
@@ -456,13 +456,14 @@ def opened(path):
 # ---- finding files ----
 
 
-def local_files(dataset: str) -> tuple[list[str], str]:
-    """(files, note): the files that a path, a directory or a glob names, each once; none if it is
-    the name of a data set on the Hub. The note says what of a directory is not read, or "".
+def local_files(dataset: str) -> tuple[list[str], list[str]]:
+    """(files, notes): the files that a path, a directory or a glob names, each once; none if it is
+    the name of a data set on the Hub. notes: what of a directory is not read, for the command to
+    print.
 
     Raises UserError if the files are not of one type that can be read.
     """
-    note = ""
+    notes = []
     pattern = "*"
     if os.path.isdir(dataset):
         pattern = os.path.join(dataset, "**", "*")
@@ -473,10 +474,12 @@ def local_files(dataset: str) -> tuple[list[str], str]:
         if others:
             endings = Counter(os.path.splitext(file)[1] or "without ending" for file in others)
             listed = ", ".join(f"{n} {ending}" for ending, n in sorted(endings.items()))
-            note = f"not read, as of other types: {count(len(others), 'file')} ({listed})"
+            notes.append(f"not read, as of other types: {count(len(others), 'file')} ({listed})")
         if not files:
             types = " ".join(READERS)
-            raise UserError(f"--dataset {dataset}: none of its files is {types}; {note or 'none'}")
+            raise UserError(
+                "; ".join([f"--dataset {dataset}: none of its files is {types}", *notes])
+            )
     elif os.path.exists(dataset):
         files = [dataset]
     else:
@@ -489,7 +492,7 @@ def local_files(dataset: str) -> tuple[list[str], str]:
                 f"'{directories[0]}/*.txt'"
             )
     check_types(dataset, files, pattern)
-    return files, note
+    return files, notes
 
 
 def files_of(pattern: str) -> list[str]:

@@ -1075,6 +1075,28 @@ def test_nothing_but_what_is_no_text(tmp_path, capsys):
     assert "a.jsonl has no documents but 3 documents skipped" in capsys.readouterr().err
 
 
+def test_a_wrong_encoder_is_noticed_at_its_document(tmp_path, capsys):
+    """Nothing of its batch is written; what was before it stays. Of the second batch the third text
+    is compared, and gigatoken knows a letter of Unicode 17, which tiktoken does not."""
+    text = chr(0x323B0) + "'d"
+    tokenizer = get_tokenizer("gpt2")
+    if tokenizer.encode_batch(["", "", text])[2].tolist() == tokenizer.encode(text):
+        pytest.skip("both packages know the letter, or gigatoken is not installed")
+    texts = words_of(300)
+    write_jsonl(tmp_path / "a.jsonl", [*texts[:200]])
+    write_jsonl(tmp_path / "b.jsonl", [*texts[200:258], text, *texts[258:]])
+    words = ["--dataset", str(tmp_path / "*.jsonl"), "--shard_size=500"]
+    words += [f"--data_dir={tmp_path / 'data'}"]
+    assert data_generator.main(words) == 1
+    printed = capsys.readouterr().err
+    assert f"{tmp_path}/b.jsonl, document 59: gigatoken and tiktoken encode a text diff" in printed
+    assert "\nHINT: `pip uninstall gigatoken`" in printed
+    tokens = [np.load(tmp_path / "data" / s.file) for s in read_manifest(tmp_path / "data").shards]
+    (whole,) = plain_shards(texts[:256], "gpt2", 10**6)
+    tokens = np.concatenate(tokens)
+    assert 0 < len(tokens) <= len(whole) and np.array_equal(tokens, whole[: len(tokens)])
+
+
 def test_a_million_white_space_characters(tmp_path):
     """tiktoken can't take them at once; GPT-2's tokens decode to the same text."""
     texts = ["words" + " " * 1_100_000 + "more", "\n" * 1_000_001 + "x", "plain"]

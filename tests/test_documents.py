@@ -687,8 +687,8 @@ def test_a_directory_is_its_files_of_one_type(tmp_path):
         path = tmp_path / "texts" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
-    found, note = local_files(str(tmp_path / "texts"))
-    assert note == "not read, as of other types: 2 files (1 .bin, 1 without ending)"
+    found, notes = local_files(str(tmp_path / "texts"))
+    assert notes == ["not read, as of other types: 2 files (1 .bin, 1 without ending)"]
     assert [os.path.relpath(f, tmp_path / "texts") for f in found] == [
         "a.NDJSON.gz",
         "b.jsonl",
@@ -708,9 +708,9 @@ def test_files_of_a_glob(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("b.txt", "a.TXT.gz", "[c].txt", "x.csv", "y.tsv", "z.doc"):
         (tmp_path / name).write_text("")
-    assert local_files("?.txt") == (["b.txt"], "")
-    assert local_files("[c].txt") == (["[c].txt"], "")
-    assert local_files("org/name") == ([], "")
+    assert local_files("?.txt") == (["b.txt"], [])
+    assert local_files("[c].txt") == (["[c].txt"], [])
+    assert local_files("org/name") == ([], [])
     for dataset, said in {
         "no.txt": "there is no such file",
         "no/*": "there is no such file",
@@ -739,19 +739,19 @@ def test_each_file_once_whatever_links_there_are(dataset, tmp_path, monkeypatch)
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "texts")
     (tmp_path / "texts" / "deep" / "z.jsonl").symlink_to("a.jsonl")
     monkeypatch.chdir(tmp_path / "texts")
-    files, note = local_files(dataset)
+    files, notes = local_files(dataset)
     assert [os.path.basename(file) for file in files] == ["a.jsonl", "b.jsonl", "c.jsonl"]
-    assert not note and all(map(os.path.exists, files))
+    assert not notes and all(map(os.path.exists, files))
 
 
 def test_types_that_are_not_read_are_said(tmp_path):
     for name in ("a.jsonl", "b.jsonl.lz4", "deep/c.zip", "d.text", "e.text", "LICENSE", ".hidden"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text('{"text": "a"}')
-    files, note = local_files(str(tmp_path))
+    files, notes = local_files(str(tmp_path))
     assert files == [str(tmp_path / "a.jsonl")]
     others = "1 .lz4, 2 .text, 1 .zip, 1 without ending"
-    assert note == f"not read, as of other types: 5 files ({others})"
+    assert notes == [f"not read, as of other types: 5 files ({others})"]
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(UserError, match=re.escape("none of its files is .txt .md .jsonl")) as error:
         local_files(str(tmp_path))
