@@ -26,9 +26,9 @@ from lib.documents import READERS, check_types, file_type
 from lib.files import sha256
 
 # settings of a data set's README that leave its texts as they are
-HARMLESS = {"name", "version", "data_dir", "data_files", "description", "features", "columns"} | {
-    "usecols", "chunksize", "batch_size",
-}  # fmt: skip
+HARMLESS = (
+    "name version data_dir data_files description features columns usecols chunksize batch_size"
+).split()
 PAUSES = (10, 60, 300)  # seconds before each new attempt to fetch a file
 
 
@@ -44,18 +44,18 @@ def explain(error: Exception, flag: str, repository: str) -> UserError:
 
     given = f"{flag} {repository}"
     status = status_of(error)
+    text = f"{type(error).__name__}: {error}"  # datasets keeps of some errors no more than that
     reason = re.sub(r"hf_\w+", "hf_...", one_line_error(error))
     if isinstance(error, errors.LocalTokenNotFoundError):
         return UserError("you are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN")
-    if isinstance(error, errors.OfflineModeIsEnabled):
+    if "OfflineModeIsEnabled" in text:
         return UserError(
             "the Hub is switched off on this machine: unset HF_HUB_OFFLINE and run the same "
             "command again"
         )
     if isinstance(error, errors.HFValidationError):
         return UserError(f"{given}: not a repository name; it looks like YOUR_NAME/GPT124M")
-    # datasets keeps only the text of a GatedRepoError
-    if isinstance(error, errors.GatedRepoError) or "is a gated dataset" in str(error):
+    if "GatedRepoError" in text or "is a gated dataset" in text:
         page = f"{constants.ENDPOINT}/datasets/{repository}"
         return UserError(
             f"{given} is gated: log in with `hf auth login` and accept its terms at {page}"
@@ -233,22 +233,25 @@ def local_path(file: str, folder: Path) -> Path:
     """Where a file of the Hub is kept: its commit is in the address, so the name is of one content.
     The last part has the type."""
     digest = hashlib.sha256(file.encode()).hexdigest()[:16]
-    return folder / f"{digest}-{file.rpartition('/')[2]}"
+    return folder / f"{digest}-{os.path.basename(file)}"
 
 
 def fetch(file: str, folder: Path) -> Path:
     """A file of the Hub, on this disk. After a network fault it is tried again, from the bytes that
     are there. Raises UserError."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
     dataset = file.removeprefix("hf://datasets/").partition("@")[0]
     failures = 0
     while True:
         try:
             return fetch_once(file, local_path(file, folder))
         except Exception as error:
-            status = status_of(error)
+            status = status_of(error) or 0
+            refused = 400 <= status < 500 and status not in (408, 429)
             if isinstance(error, OSError) and error.errno:  # of this disk
                 raise
-            if status is not None and 400 <= status < 500 and status not in (408, 429):
+            if refused or isinstance(error, OfflineModeIsEnabled):
                 raise explain(error, "--dataset", dataset) from None
             if failures == len(PAUSES):
                 raise UserError(

@@ -118,8 +118,9 @@ def test_the_next_file_is_fetched_while_this_one_is_read(hub, tmp_path):
         most.append(len(downloads(tmp_path)))
 
     hub.faults.append(look)
-    printed, _ = finish(start(hub, tmp_path))
+    printed, progress = finish(start(hub, tmp_path))
     assert_complete(tmp_path, hub.texts)
+    assert "1.parquet: " in progress
     assert max(most) <= 2, most
     assert "waited for the network " in printed
     hub.repositories["datasets/org/texts"]["data/0.parquet"] = parquet(["a", None])
@@ -271,8 +272,15 @@ def test_the_separator_of_a_readme(tmp_path):
 
 
 def test_the_hub_switched_off(hub, tmp_path):
+    """At the start, and where a run is resumed whose files are known."""
     _, error = finish(start(hub, tmp_path, HF_HUB_OFFLINE="1"), 2)
     assert "unset HF_HUB_OFFLINE" in error
+    process = start(hub, tmp_path)
+    wait_for(lambda: (tmp_path / "data" / "manifest.json").exists())
+    process.kill()
+    process.communicate()
+    _, error = finish(start(hub, tmp_path, HF_HUB_OFFLINE="1"), 2)
+    assert "unset HF_HUB_OFFLINE" in error and "next try" not in error
 
 
 def test_a_token_is_never_shown():
