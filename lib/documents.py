@@ -324,7 +324,7 @@ def tsv_rows(lines):
         enclosed = enclosed_cells(row)
         fits_plainly = len(cells) == width
         if len(enclosed) == width and enclosed != cells:
-            if len(row) > 1:  # then each line of it would be a row
+            if len(row) > 1 and not encloses:  # then each line of it would be a row
                 fits_plainly &= any(len(plain_cells(line)) == width for line in row[1:])
             if not fits_plainly or (len(row) == 1 and '""' in line):
                 encloses = True
