@@ -3,13 +3,13 @@
     python data_generator.py --preset demo && python train.py --preset demo     on a CPU, minutes
     torchrun --standalone --nproc_per_node=8 train.py                           124M on 8 GPUs
     python train.py                                                             the same on one
-    python train.py --init_from gpt2 --data_dir mydata --log_dir tuned          OpenAI's weights on
-    python train.py --eval_only --init_from gpt2                                a model's loss
+    python train.py --init_from gpt2 --data_dir mydata --log_dir tuned          OpenAI's weights
+    python train.py --eval_only --init_from gpt2                                measure a model
 
 The same command starts a run and resumes it. A step is one update of the weights, from
 `total_batch_size` tokens; however many GPUs there are, they share these tokens, in micro-batches of
 `batch_size` sequences. Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU and a closed terminal finish the
-step, save, and exit.
+step (or drop one of many seconds), save, and exit.
 
 Shapes: B sequences in a micro-batch (batch_size), T tokens in a sequence (seq_len).
 """
@@ -73,8 +73,8 @@ from lib.tokenizer import Tokenizer, get_tokenizer
 from sample import show_samples
 
 Preset = Literal["gpt2", "gpt2-fast", "gpt2-medium", "gpt2-large", "gpt2-xl", "demo"]
-SKIPS_IN_A_ROW = 10  # updates that may be skipped for NaN or Inf before the run ends
-PATIENCE = 5.0  # seconds after which a long step asks again whether a signal ends the run
+MAX_SKIPS_IN_A_ROW = 10  # updates that are skipped for NaN or Inf before the run ends
+PATIENCE = 5.0  # seconds; a longer step is checked for signals in its middle
 
 
 @dataclass(frozen=True)
@@ -85,23 +85,23 @@ class TrainConfig:
     n_layer: PositiveInt | None = None  # transformer blocks (default: 12, or --init_from's)
     n_head: PositiveInt | None = None  # attention heads per block (default: 12, or --init_from's)
     n_embd: PositiveInt | None = None  # channels (default: 768, or --init_from's)
-    vocab_size: PositiveInt | None = None  # rows of the token table (default: tokens, in 64s)
+    vocab_size: PositiveInt | None = None  # rows of the token table (default: the ids, in 64s)
     block_size: PositiveInt | None = None  # tokens of context (default: seq_len, or --init_from's)
     # directories
     data_dir: LocalPath = DATA_DIR  # training and validation shards
     log_dir: LocalPath = "log"  # log, curve and checkpoints
     # a step
-    total_batch_size: PositiveInt = 524_288  # tokens in a step, over all GPUs: 2^19, GPT-3's 0.5M
-    batch_size: PositiveInt | None = None  # sequences in a micro-batch (default: what memory holds)
+    total_batch_size: PositiveInt = 524_288  # tokens in a step, over all GPUs: 2^19, as GPT-3
+    batch_size: PositiveInt | None = None  # sequences in a micro-batch (default: what fits)
     seq_len: PositiveInt = 1024  # tokens in a sequence
     # the schedule
     max_steps: PositiveInt = 19_073  # updates: 10 billion tokens in steps of 2^19
     warmup_steps: int = 715  # updates of linear warm-up: 375 million tokens, as GPT-3's
-    schedule: Literal["cosine", "linear"] = "cosine"  # linear: constant first, then down
-    decay_steps: PositiveInt | None = None  # updates of linear's decay (default: half of max_steps)
+    schedule: Literal["cosine", "linear"] = "cosine"  # linear: constant, then a linear decay
+    decay_steps: PositiveInt | None = None  # updates of the linear decay (default: half of all)
     max_lr: PositiveFloat = 6e-4  # learning rate after the warm-up: GPT-3 124M's
     min_lr: float = 6e-5  # learning rate at the end
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices
     weight_decay: float = 0.1  # of matrices and embedding tables
     grad_clip: PositiveFloat = 1.0  # largest norm of the gradient
     # evaluation and checkpoints
@@ -111,17 +111,17 @@ class TrainConfig:
     hellaswag_data: LocalPath | None = None  # .jsonl file of examples (default: the Hub's)
     sample_every: int = 250  # steps between samples; 0 turns it off
     save_every: int = 1000  # steps between checkpoints; 0: at the end only
-    keep_every: int = 5000  # checkpoints at its multiples are kept; 0: the last two only
-    keep_best: bool = False  # also save and keep at the lowest validation loss: model_best.pt
-    eval_only: bool = False  # only measure --init_from's model, or else --log_dir's
+    keep_every: int = 5000  # keep checkpoints at its multiples; 0: the last two only
+    keep_best: bool = False  # also save each lowest validation loss, linked as model_best.pt
+    eval_only: bool = False  # measure --init_from's model, or else --log_dir's; write nothing
     # the machine
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: the fastest here
-    recompute: bool = False  # compute activations twice, keep few: less memory, more time
+    recompute: bool = False  # recompute activations in the backward pass: less memory, more time
     compile: bool | None = None  # torch.compile the model (default: on CUDA)
     timeout: PositiveInt = 600  # seconds that ranks wait for each other
     shuffle: bool = False  # read the sequences of each epoch in a new order (default: as stored)
-    seed: int = 1337  # of the first weights and of --shuffle
+    seed: int = 1337  # of the initial weights and of --shuffle
 
 
 PRESETS = {  # gpt2 to gpt2-xl: learning rates of table 2.1 of Brown et al. 2020
@@ -144,21 +144,21 @@ PRESETS = {  # gpt2 to gpt2-xl: learning rates of table 2.1 of Brown et al. 2020
 
 
 def get_lr(step: int, config: TrainConfig) -> float:
-    """Learning rate of the update after `step` updates.
+    """Learning rate of the next update, after `step` updates.
 
-    First a straight line up to max_lr. Then cosine: along half a cosine down to min_lr at
-    max_steps. Or linear: constant, and straight down to min_lr over the last decay_steps.
+    Linear warm-up to max_lr. Then cosine: half a cosine down to min_lr at max_steps. Or linear:
+    constant, then a linear decay to min_lr over the last decay_steps.
     """
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps
     if config.schedule == "linear":
         after_warmup = max(1, config.max_steps - config.warmup_steps)
         decay_steps = config.decay_steps or min(max(1, config.max_steps // 2), after_warmup)
-        height = min(1, max(0, config.max_steps - step) / decay_steps)  # 1: max_lr, 0: min_lr
+        fraction = min(1, max(0, config.max_steps - step) / decay_steps)  # 1: max_lr, 0: min_lr
     else:
         progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-        height = 0.5 * (1 + math.cos(math.pi * min(1, progress)))
-    return config.min_lr + height * (config.max_lr - config.min_lr)
+        fraction = 0.5 * (1 + math.cos(math.pi * min(1, progress)))
+    return config.min_lr + fraction * (config.max_lr - config.min_lr)
 
 
 def is_due(step: int, every: int, max_steps: int) -> bool:
@@ -169,7 +169,7 @@ def is_due(step: int, every: int, max_steps: int) -> bool:
 def check_config(config: TrainConfig) -> None:
     """Raise UserError for values that contradict each other.
 
-    The bounds of single values are beside their fields.
+    The bounds of single values are in their fields' types.
     """
     if config.min_lr > config.max_lr:
         raise UserError(f"--min_lr {config.min_lr} is above --max_lr {config.max_lr}")
@@ -184,10 +184,11 @@ def check_config(config: TrainConfig) -> None:
         )
     if config.keep_best and not config.val_every:
         raise UserError("--keep_best needs the validation loss, which --val_every 0 turns off")
-    if config.val_every and config.val_tokens < config.total_batch_size:
+    validates = config.val_every or config.eval_only
+    if validates and config.val_tokens < config.total_batch_size:
         raise UserError(
             f"--val_tokens {config.val_tokens} is less than one step, --total_batch_size "
-            f"{config.total_batch_size}: it uses whole steps, so it must be at least as many"
+            f"{config.total_batch_size}: validation runs whole steps, so give at least as many"
         )
 
 
@@ -195,56 +196,53 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
     """Train, or resume training, up to max_steps or a signal. Returns the exit code."""
     # Tokens. Bad input is found here, on every rank alike, before anything is written.
     train_data = open_split("train", config, ranks)
-    train_data.micro_steps(config.batch_size or 1)  # raises UserError if they don't come out even
+    if config.batch_size:
+        train_data.micro_steps(config.batch_size)  # refuses one that does not divide the share
     val_data = open_split("val", config, ranks) if config.val_every else None
     val_steps = min(config.val_tokens // config.total_batch_size, val_data.steps) if val_data else 0
     tokenizer = get_tokenizer(train_data.stream.tokenizer)
     examples = hellaswag.load_examples(config.hellaswag_data) if config.hellaswag_every else []
 
     # The state to start from: new weights, those of --init_from, or the newest checkpoint.
-    if ranks.main:
+    if ranks.is_main:
         ranks.enter_context(only_writer(config.log_dir, "*.pt", "log.txt", "run.json", "*.png"))
-    fastest = choose_precision(ranks.device, config.dtype)
-    start = find_start(config, train_data.stream, tokenizer, fastest)
+    identity = train_data.stream.identity()
+    new_precision = choose_precision(ranks.device, config.dtype)
+    start = find_start(config, identity, train_data.stream.tokenizer, tokenizer, new_precision)
     for note in start.notes:
         ranks.print(note)
-    identity = train_data.stream.identity()
+
+    # From here on the ranks talk to each other.
     prepare_device(ranks.device)
     ranks.connect(config.timeout)
-    ranks.check_equal(settings(config, identity, val_data, examples))
-    if ranks.main and start.path:
+    ranks.check_settings(facts_to_compare(config, identity, val_data, examples))
+    if ranks.is_main and start.path:
         claim(start.path, start.step)
 
-    compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
-    compiled = compiled and not torch._dynamo.config.disable  # TORCH_COMPILE_DISABLE=1
-
-    # The largest batch that fits on every rank. It changes memory and speed, never the result.
+    # How to compute, and the largest batch that fits. It changes memory and speed, not the result.
     half = start.precision != "float32"
-    batch_size = config.batch_size
-    if batch_size is None:
-        shape = StepShape(start.model.config, config.seq_len, half, compiled, config.recompute)
-        share = train_data.micro_steps(batch_size=1)  # sequences of each rank in a step
-        batch_size = largest_batch_size(shape, share, ranks.min(free_memory(ranks.device)))
-        ranks.enter_context(explain_out_of_memory(batch_size, config.recompute))
+    autocast = torch.autocast(ranks.device.type, getattr(torch, start.precision), enabled=half)
+    compiled = is_compiled(config, ranks)
+    shape = StepShape(start.model.config, config.seq_len, half, compiled, config.recompute)
+    free = ranks.min(free_memory(ranks.device))
+    batch_size = config.batch_size or largest_batch_size(shape, train_data.share, free)
     micro_steps = train_data.micro_steps(batch_size)
 
     # Model and optimizer. raw_model and model have the same weights: raw_model is not compiled, so
     # it takes batches of any shape (HellaSwag, samples) and is saved; model learns.
-    raw_model = start.model.to(ranks.device).train()
-    raw_model.loss = linear_cross_entropy  # the same loss in a third of the memory
+    raw_model = start.model.to(ranks.device).train()  # for good: no dropout asks for eval()
+    raw_model.loss = linear_cross_entropy  # the same value, without all the logits in memory
+    ranks.check_weights(raw_model, start.step)
     if config.recompute:
         recompute_blocks(raw_model)
-    ranks.check_same(raw_model, start.step)
     if config.optimizer == "muon":
         optimizer = Muon(muon_groups(raw_model, config.weight_decay), config.max_lr)
     else:
         optimizer = raw_model.configure_optimizers(config.weight_decay, config.max_lr)
-    # float16 holds 6e-8 to 65504: scaling the loss keeps small gradients from 0; an overflow halves
-    # the scale
+    # float16 holds 6e-8 to 65504: scaling the loss keeps small gradients from vanishing; an
+    # overflow halves the scale
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=start.precision == "float16")
     start.restore(optimizer, scaler)
-    dtype = getattr(torch, start.precision)
-    autocast = torch.autocast(ranks.device.type, dtype, enabled=half)
     model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
     if ranks.world_size > 1:
         # averages gradients over the ranks
@@ -254,11 +252,7 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
         most_tokens=4 * batch_size * config.seq_len,  # fits, as no gradients are kept
     )  # fmt: skip
 
-    # The log, and what this run is.
-    bytes_per_token = None
-    if val_data and ranks.main:
-        bytes_per_token = validation_bytes(val_data, val_steps, tokenizer)
-    log = Log(config.log_dir if ranks.main else None, start.step)
+    # What this run is, for its first lines, run.json and the curve.
     facts = RunFacts(
         config=without_paths(vars(config)),
         model=vars(raw_model.config),
@@ -269,73 +263,72 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
         precision=start.precision,
         compiled=compiled,
         versions={"python": platform.python_version(), "torch": torch.__version__},
-        val_bytes_per_token=bytes_per_token,
+        val_bytes_per_token=val_data and bytes_per_token(val_data, val_steps, tokenizer),
     )
-    ranks.print(summary(config, facts, tokenizer.name, start.source, batch_size, micro_steps))
+    ranks.print(summary(config, facts, tokenizer.name, start.source))
+    ranks.print(
+        f"machine: {facts.hardware}, {facts.precision}, "
+        f"{'compiled' if compiled else 'not compiled'}; a step is "
+        f"{count(micro_steps, 'micro-batch')} of {batch_size} x {config.seq_len} tokens for each "
+        "process"
+    )
     for remark in remarks(config, train_data, val_data, val_steps):
         ranks.print(remark)
-    if ranks.main and start.step < config.max_steps:
+    if ranks.is_main and start.step < config.max_steps:
         write_run(config.log_dir, facts)  # a finished run keeps that of the machine that trained it
 
+    log = Log(config.log_dir if ranks.is_main else None, start.step)
     peak = peak_tokens_per_second(raw_model.config, config.seq_len, start.precision, ranks)
     speed = Speed(config.total_batch_size, peak)
-    best_val_loss = start.best_val_loss
     step = start.step  # completed updates
-    saved = start.step  # of the newest checkpoint
+    saved_step = start.step  # step of the newest checkpoint
+    best_val_loss = start.best_val_loss
     stop = 0  # the signal that ends the run; 0: none
-    skips = 0  # updates skipped in a row
-    printed = 0.0  # when the last line was
-    seconds = 1e6  # that the last step took; unknown yet, perhaps many
-    ask_every = 1  # micro-batches of a step between questions whether a signal ends the run
+    skips = 0  # consecutive updates that were skipped
+    step_seconds = math.inf  # duration of the last step; not known yet
+    check_every = 1  # micro-batches between checks for a signal
+    printed_at = 0.0  # time of the last printed line
     ranks.signals.listen()
 
-    # One extra iteration evaluates and saves after the last update.
+    # One extra iteration measures and saves after the last update.
     while True:
+        # Measure what is due. A signal cuts it short; what is complete counts.
         begun = time.perf_counter()
-        val_due, hellaswag_due, sample_due = (
-            not stop and is_due(step, every, config.max_steps)
-            for every in (config.val_every, config.hellaswag_every, config.sample_every)
-        )
         measured = {}  # {stream: value}
         try:
-            if val_due:
-                measured["val"] = validation_loss(
-                    model, val_data, val_steps, batch_size, ranks, autocast
+            if not stop and is_due(step, config.val_every, config.max_steps):
+                loss = validation_loss(model, val_data, val_steps, batch_size, ranks, autocast)
+                measured["val"] = loss
+                ranks.print(
+                    f"step {step:5d} | validation loss {loss:.4f} "
+                    f"({facts.bits_per_byte(loss):.4f} bits per byte) "
+                    f"on {val_steps * config.total_batch_size:,} tokens"
                 )
-            if hellaswag_due:
-                measured["hella"] = hellaswag.score(
-                    raw_model, questions, len(examples), ranks, autocast
+            if not stop and is_due(step, config.hellaswag_every, config.max_steps):
+                score = hellaswag.score(raw_model, questions, len(examples), ranks, autocast)
+                measured["hella"] = score
+                ranks.print(
+                    f"step {step:5d} | HellaSwag acc_norm {score:.4f} "
+                    f"(style completion, {count(len(examples), 'example')})"
                 )
-        except Stopped as stopped:  # an evaluation that is cut short counts for nothing
+        except Stopped as stopped:
             stop = stopped.signal_number
-            measured = {}
-            sample_due = False
-        if "val" in measured and ranks.main:
-            tokens = val_steps * config.total_batch_size
-            bits = facts.bits_per_byte(measured["val"])
-            ranks.print(
-                f"step {step:5d} | validation loss {measured['val']:.4f} ({bits:.4f} bits per byte)"
-                f" on {tokens:,} tokens"
-            )
-        if "hella" in measured:
-            ranks.print(
-                f"step {step:5d} | HellaSwag acc_norm {measured['hella']:.4f} "
-                f"(style completion, {count(len(examples), 'example')})"
-            )
-        if sample_due and ranks.main:
+        if ranks.is_main and not stop and is_due(step, config.sample_every, config.max_steps):
             ranks.print(show_samples(raw_model, tokenizer, autocast))
-        if measured or sample_due:
+        if measured:
             log.write(step, **measured, eval_s=time.perf_counter() - begun)
-            stop = ranks.stop_signal()
-        if "val" in measured and ranks.main:
+        if "val" in measured and ranks.is_main:
             redraw_curve(config.log_dir, log, ranks)
 
+        # Save what is due, the best so far, and the end.
         last = bool(stop) or step == config.max_steps
-        val_loss = measured.get("val", math.nan)  # equal on all ranks
-        best = config.keep_best and math.isfinite(val_loss) and val_loss <= best_val_loss
-        best_val_loss = val_loss if best else best_val_loss
-        if step > saved and (last or best or is_due(step, config.save_every, config.max_steps)):
-            ranks.check_same(raw_model, step)
+        val_loss = measured.get("val", math.nan)  # the same on all ranks
+        # <=: a resumed run measures its own best checkpoint again
+        is_best = config.keep_best and math.isfinite(val_loss) and val_loss <= best_val_loss
+        if step > saved_step and (
+            last or is_best or is_due(step, config.save_every, config.max_steps)
+        ):
+            ranks.check_weights(raw_model, step)
             state = {
                 "model": raw_model.state_dict(),
                 "config": raw_model.config,
@@ -344,14 +337,15 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
                 "precision": start.precision,
-                "best_val_loss": best_val_loss,
+                "best_val_loss": val_loss if is_best else best_val_loss,
                 "train_config": vars(config),
                 "data": identity,
             }
             try:
-                ranks.on_main(save, config, state, log, ranks)
-                saved = step
-            except OSError as error:  # costs this checkpoint and not the run, but for the last one
+                ranks.on_main(save, config, state, is_best, log, ranks)
+                saved_step = step
+                best_val_loss = state["best_val_loss"]
+            except OSError as error:  # costs this checkpoint, not the run, unless it is the last
                 if last:
                     raise UserError(
                         f"the last checkpoint could not be saved: {error}\n"
@@ -359,45 +353,46 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
                         code=1,
                     ) from None
                 ranks.print(f"WARNING: {error}; earlier checkpoints are intact, the run continues")
-        if best:
+        elif is_best:  # of the step that the run started from
+            best_val_loss = val_loss
             ranks.on_main(link_best, config.log_dir, step)
         if last:
             break
 
+        # Update.
         begun = time.perf_counter()
         lr = get_lr(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_factor", 1.0)  # Muon's token table learns faster
         loss_sum = torch.zeros((), device=ranks.device)
         for micro_step, (x, y) in enumerate(train_data.batches(step, batch_size)):
+            if micro_step > 0 and micro_step % check_every == 0:
+                stop = ranks.stop_signal()
+                if stop:
+                    break
             x = x.to(ranks.device, non_blocking=True)  # (B, T)
             y = y.to(ranks.device, non_blocking=True)  # (B, T)
-            if micro_step and micro_step % ask_every == 0 and (stop := ranks.stop_signal()):
-                break
             # gradients add up on each rank; the last micro-batch averages them over the ranks
             model.require_backward_grad_sync = micro_step == micro_steps - 1
             with autocast:
                 _, loss = model(x, y)
             scaler.scale(loss / micro_steps).backward()
             loss_sum += loss.detach() / (micro_steps * ranks.world_size)
-        if stop:  # in the middle of a long step, which is dropped: the state before it is saved
-            optimizer.zero_grad()
+        if stop:  # in a long step: its gradients are dropped, the weights from before it are saved
             continue
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip)
-        # the step's one wait for the GPU. All ranks stop after the same step, whichever of them had
-        # the signal
-        from_any_rank = ranks.max(ranks.signals.received(), seconds)
-        step_values = torch.stack((ranks.sum(loss_sum), norm, *from_any_rank))
+        # the step's only wait for the GPU; the signal is shared, so all ranks stop after the same
+        # step
+        stop_and_seconds = ranks.max(ranks.signals.received(), step_seconds)
+        step_values = torch.stack((ranks.sum(loss_sum), norm, *stop_and_seconds))
         loss, norm, stop, slowest = step_values.tolist()
-        parts = max(1, math.ceil(slowest / PATIENCE))  # of a step
-        ask_every = math.ceil(micro_steps / parts)
-        # loss and norm are over all ranks, so each of them decides the same
+        # loss and norm are the same on all ranks, so all make the same decision
         if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step()
             skips = 0
         else:
-            # a loss scale above 1, which only float16 has, overflows now and then: that lowers it
+            # float16's loss scale may overflow, which lowers it: only skips at scale 1 count
             if scaler.get_scale() <= 1:
                 skips += 1
             log.write(step, skipped=1)
@@ -406,25 +401,28 @@ def train(config: TrainConfig, ranks: Ranks) -> int:
             )
         scaler.update()
         optimizer.zero_grad()
-        if skips == SKIPS_IN_A_ROW:
+        if skips == MAX_SKIPS_IN_A_ROW:
             raise UserError(
-                f"loss or gradient were not finite {skips} times in a row, up to step {step}.\n"
-                f"HINT: --init_from {config.log_dir} (its last good weights, if saved), another "
-                "--log_dir, a lower --max_lr or --dtype float32",
+                f"the loss or its gradient was not finite {skips} times in a row, up to step "
+                f"{step}.\nHINT: restart from the last saved weights: --init_from "
+                f"{config.log_dir}, another --log_dir, and a lower --max_lr or --dtype float32",
                 code=1,
             )
-        seconds = time.perf_counter() - begun
-        timings = speed.measure(seconds)
+        step_seconds = time.perf_counter() - begun
+        # steps that take longer are checked in their middle, by all ranks at the same place
+        check_every = max(1, int(micro_steps * PATIENCE / max(slowest, PATIENCE)))
+        timings = speed.measure(step_seconds)
         log.write(step, train=loss, lr=lr, norm=norm, **timings)
-        # a line a second is enough to read
-        if time.perf_counter() - printed > 1 or step + 1 == config.max_steps:
-            printed = time.perf_counter()
+        # at most one line a second
+        if time.perf_counter() - printed_at > 1 or step + 1 == config.max_steps:
+            printed_at = time.perf_counter()
             rate = speed.line(config.max_steps - step - 1)
             ranks.print(
                 f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {rate}"
             )
         step += 1
 
+    # Report.
     if stop:
         ranks.print(
             f"stopped by {signal.Signals(int(stop)).name} after {count(step, 'step')}"
@@ -456,28 +454,28 @@ def evaluate(config: TrainConfig, ranks: Ranks) -> int:
         ranks.print(note)
     prepare_device(ranks.device)
     ranks.connect(config.timeout)
-    ranks.check_equal(settings(config, val_data.stream.identity(), val_data, examples))
+    identity = val_data.stream.identity()
+    ranks.check_settings(facts_to_compare(config, identity, val_data, examples))
 
     raw_model = loaded.model.to(ranks.device)
     raw_model.loss = linear_cross_entropy
-    ranks.check_same(raw_model, step=0)
-    compiled = ranks.device.type == "cuda" if config.compile is None else config.compile
-    model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
+    ranks.check_weights(raw_model, step=0)
+    model = torch.compile(raw_model, dynamic=False) if is_compiled(config, ranks) else raw_model
     precision = choose_precision(ranks.device, config.dtype)
     if config.dtype == "auto":  # a run's own, so that the result is what the run has logged
         precision = loaded.checkpoint.get("precision", precision)
-    dtype = getattr(torch, precision)
-    autocast = torch.autocast(ranks.device.type, dtype, enabled=precision != "float32")
-    batch_size = math.gcd(val_data.micro_steps(batch_size=1), config.batch_size or 8)
+    half = precision != "float32"
+    autocast = torch.autocast(ranks.device.type, getattr(torch, precision), enabled=half)
+    batch_size = math.gcd(val_data.share, config.batch_size or 8)
     loss = validation_loss(model, val_data, val_steps, batch_size, ranks, autocast)
     tokens = val_steps * config.total_batch_size
-    bits = loss / math.log(2) / validation_bytes(val_data, val_steps, loaded.tokenizer)
+    bits = loss / math.log(2) / bytes_per_token(val_data, val_steps, loaded.tokenizer)
     ranks.print(
         f"{name} on {tokens:,} validation tokens ({loaded.tokenizer.name}) of {config.data_dir}, "
         f"{precision}:\n"
         f"loss            {loss:.4f} nats per token\n"
         f"perplexity      {math.exp(loss):.4f}\n"
-        f"bits per byte   {bits:.4f} (ends of documents are predicted too, and have no bytes)"
+        f"bits per byte   {bits:.4f} (ends of documents count as tokens, but have no bytes)"
     )
     if examples:
         questions = hellaswag.questions_of_rank(
@@ -499,7 +497,13 @@ def open_split(split: str, config: TrainConfig, ranks: Ranks) -> TokenLoader:
     )  # fmt: skip
 
 
-def settings(config: TrainConfig, identity: dict, val_data, examples: list) -> dict:
+def is_compiled(config: TrainConfig, ranks: Ranks) -> bool:
+    """Whether the model is compiled: on CUDA by default, unless TORCH_COMPILE_DISABLE=1."""
+    wanted = ranks.device.type == "cuda" if config.compile is None else config.compile
+    return wanted and not torch._dynamo.config.disable
+
+
+def facts_to_compare(config: TrainConfig, identity: dict, val_data, examples: list) -> dict:
     """What must be the same on every rank: all settings but paths, and the data."""
     paths = ("data_dir", "log_dir", "init_from", "hellaswag_data")
     facts = {f"--{name}": value for name, value in vars(config).items() if name not in paths}
@@ -509,16 +513,8 @@ def settings(config: TrainConfig, identity: dict, val_data, examples: list) -> d
     return facts | {"HellaSwag examples": len(examples)}
 
 
-def summary(
-    config: TrainConfig,
-    facts: RunFacts,
-    tokens: str,
-    source: str,
-    batch_size: int,
-    micro_steps: int,
-) -> str:
-    """Model, data and machine of a run in three lines. tokens: the tokenizer's name; source: where
-    the weights are from."""
+def summary(config: TrainConfig, facts: RunFacts, tokenizer_name: str, source: str) -> str:
+    """Model and data of a run in two lines. source: where the weights come from."""
     shape = facts.model
     steps = f"{count(config.max_steps, 'step')} of {config.total_batch_size:,}"
     epochs = config.max_steps * config.total_batch_size / facts.data["tokens"]
@@ -526,38 +522,34 @@ def summary(
         f"model: {facts.parameters:,} parameters from {source}; {count(shape['n_layer'], 'layer')},"
         f" {count(shape['n_head'], 'head')}, {count(shape['n_embd'], 'channel')}, "
         f"{shape['block_size']} tokens of context, a vocabulary of {shape['vocab_size']}\n"
-        f"data: {facts.data['tokens']:,} training tokens ({tokens}) in {config.data_dir}; "
-        f"{steps} are {epochs:.2f} epochs\n"
-        f"machine: {facts.hardware}, {facts.precision}, "
-        f"{'compiled' if facts.compiled else 'not compiled'}; a step is "
-        f"{count(micro_steps, 'micro-batch')} of {batch_size} x {config.seq_len} tokens for each "
-        "process"
+        f"data: {facts.data['tokens']:,} training tokens ({tokenizer_name}) in {config.data_dir}; "
+        f"{steps} are {epochs:.2f} epochs"
     )
 
 
 def remarks(config: TrainConfig, train_data, val_data, val_steps: int) -> list[str]:
     """What to know about the data and the schedule before the run starts."""
     stream = train_data.stream
-    said = list(stream.notes)
+    lines = list(stream.notes)
     if stream.manifest is None:
-        said.append(f"{config.data_dir} has no manifest.json: assuming GPT-2's tokens")
+        lines.append(f"{config.data_dir} has no manifest.json: assuming GPT-2's tokens")
     elif not stream.manifest.complete:
-        said.append(
+        lines.append(
             f"WARNING: {config.data_dir} is not complete: a run can't be resumed once its data has "
             "grown"
         )
     if config.warmup_steps > config.max_steps:
-        said.append(
+        lines.append(
             f"WARNING: --warmup_steps {config.warmup_steps} > --max_steps {config.max_steps}: "
-            "no step has --max_lr"
+            "the learning rate never reaches --max_lr"
         )
     used = val_steps * config.total_batch_size
     if val_data and used != config.val_tokens:
-        said.append(
-            f"validation uses {used:,} tokens: the whole steps in --val_tokens "
-            f"{config.val_tokens:,} and in the {val_data.stream.tokens:,} of the validation shards"
+        lines.append(
+            f"validation uses {used:,} tokens: --val_tokens {config.val_tokens:,} and the "
+            f"{val_data.stream.tokens:,} validation tokens, rounded down to whole steps"
         )
-    return said
+    return lines
 
 
 @torch.no_grad()
@@ -579,28 +571,30 @@ def validation_loss(
     return ranks.sum(total).item()
 
 
-def validation_bytes(val_data: TokenLoader, val_steps: int, tokenizer: Tokenizer) -> float:
-    """UTF-8 bytes of the validation text for each token that is predicted in it."""
-    n = val_steps * val_data.step_tokens
+def bytes_per_token(val_data: TokenLoader, val_steps: int, tokenizer: Tokenizer) -> float:
+    """UTF-8 bytes per predicted token of the validation text."""
+    n = val_steps * val_data.tokens_per_step
     return tokenizer.count_bytes(val_data.stream.read(1, n)) / n
 
 
 def redraw_curve(log_dir: str, log: Log, ranks: Ranks) -> None:
-    """Draw the curve. A picture never ends a run, whatever matplotlib's settings do to it."""
+    """Redraw the curve. A failure prints a warning: a picture must not end a run."""
     try:
         draw_curve(log_dir, log.streams)
     except Exception as error:
         ranks.print(f"WARNING: the curve is not drawn: {one_line_error(error)}")
 
 
-def save(config: TrainConfig, state: dict, log: Log, ranks: Ranks) -> None:
-    """Save a checkpoint and remove those that need not be kept. Raises OSError if the disk does not
-    take it, and UserError for weights that are not finite."""
+def save(config: TrainConfig, state: dict, is_best: bool, log: Log, ranks: Ranks) -> None:
+    """Save a checkpoint, link it, and remove those that need not be kept. Raises OSError if it
+    can't be written, and UserError for weights that are not finite."""
     begun = time.perf_counter()
     if not os.path.isdir(config.log_dir):
-        ranks.print(f"WARNING: {config.log_dir} has vanished: a new one gets what follows")
+        ranks.print(f"WARNING: {config.log_dir} has disappeared; creating it again")
     log.sync()
     path = save_checkpoint(config.log_dir, state)
+    if is_best:
+        link(path, BEST)
     seconds = time.perf_counter() - begun
     ranks.print(f"saved {path} in {seconds:.1f} s")
     try:
@@ -611,7 +605,7 @@ def save(config: TrainConfig, state: dict, log: Log, ranks: Ranks) -> None:
 
 
 def link_best(log_dir: str, step: int) -> None:
-    """Link BEST to the checkpoint of this step, unless the disk had no room for it."""
+    """Link BEST to the checkpoint of this step, if there is one."""
     if path := checkpoint_paths(log_dir).get(step):
         link(path, BEST)
 
@@ -621,8 +615,8 @@ def main(argv=None) -> int:
     config = parse(TrainConfig, argv, __doc__, PRESETS)
     check_config(config)
     with Ranks(config.device) as ranks:
+        ranks.enter_context(explain_out_of_memory())
         ranks.enter_context(explain_compile_failure())
-        ranks.enter_context(explain_out_of_memory(config.batch_size or 1, config.recompute))
         return evaluate(config, ranks) if config.eval_only else train(config, ranks)
 
 

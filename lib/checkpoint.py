@@ -8,6 +8,7 @@ LOG_DIR/model_05000.pt is the state after 5000 updates; model_checkpoint.pt link
 """
 
 import errno
+import itertools
 import re
 import shutil
 import zipfile
@@ -22,7 +23,7 @@ from lib.files import UNSUPPORTED_ERRORS, replace, warn_once, whole_file
 
 NEWEST = "model_checkpoint.pt"  # link to the newest checkpoint
 BEST = "model_best.pt"  # link to the one with the lowest validation loss
-# errors that say nothing about the content of a file
+# errors of the system, not of a file's content
 TRANSIENT_ERRORS = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE}
 
 
@@ -56,10 +57,10 @@ def save_checkpoint(log_dir, state: dict) -> Path:
 
 
 def claim(path: Path, step: int) -> None:
-    """Give the checkpoint that a run resumes from its own name, and link NEWEST to it.
+    """Rename the checkpoint that a run resumes from to model_NNNNN.pt, and link NEWEST to it.
 
-    A download may have turned the link into a file that is all there is; a process that was killed
-    may not have linked its last checkpoint.
+    A downloaded log may hold only a plain model_checkpoint.pt; a process that was killed may have
+    saved without linking.
     """
     numbered = path.with_name(f"model_{step:05d}.pt")
     if path != numbered:
@@ -68,7 +69,7 @@ def claim(path: Path, step: int) -> None:
 
 
 def link(path: Path, name: str) -> None:
-    """Make `name`, beside the checkpoint `path`, a relative link to it, in one move.
+    """Make `name`, beside the checkpoint `path`, a relative link to it, atomically.
 
     A copy where the file system has no links.
     """
@@ -158,18 +159,14 @@ def newest_checkpoint(log_dir) -> FoundCheckpoint | None:
 
     Raises UserError with every reason if there are some and all are bad.
     """
-    paths = list(reversed(checkpoint_paths(log_dir).values()))
-    links = [Path(log_dir) / name for name in (NEWEST, BEST)]
-    # where a download has turned the links into files, they may be all that there is
-    paths += [path for path in links if path.is_file() and not path.is_symlink()]
     skipped = []
-    for path in paths:
-        try:
-            return FoundCheckpoint(load_checkpoint(path), path, skipped)
-        except UnreadableCheckpoint:
-            raise  # skipping it would lose the steps that it has
-        except UserError as error:
-            skipped.append(str(error))
+    numbered = good_ones(reversed(checkpoint_paths(log_dir).values()), skipped)
+    # a download turns the links into files, which may be newer than all others
+    links = [Path(log_dir) / name for name in (NEWEST, BEST)]
+    files = [path for path in links if path.is_file() and not path.is_symlink()]
+    found = [*itertools.islice(numbered, 1), *good_ones(files, skipped)]
+    if found:
+        return max(found, key=lambda one: one.checkpoint.get("step", 0))
     if skipped:
         reasons = "\n".join(skipped)
         raise UserError(
@@ -177,3 +174,14 @@ def newest_checkpoint(log_dir) -> FoundCheckpoint | None:
             "HINT: restore one, or choose another --log_dir to start from the beginning"
         )
     return None
+
+
+def good_ones(paths, skipped: list[str]):
+    """Yield each of the checkpoints that can be loaded; the reasons for others join `skipped`."""
+    for path in paths:
+        try:
+            yield FoundCheckpoint(load_checkpoint(path), path, skipped)
+        except UnreadableCheckpoint:
+            raise  # skipping it would lose its steps
+        except UserError as error:
+            skipped.append(str(error))

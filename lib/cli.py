@@ -249,14 +249,19 @@ def field_comments(cls) -> dict[str, tuple[str, str]]:
     source = Path(path).read_text(encoding="utf-8")
     classes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
     (node,) = [node for node in classes if node.name == cls.__name__]
+    lines = source.splitlines()
     comments = {}
-    heading = ""
-    for line in source.splitlines()[node.lineno : node.end_lineno]:
-        if match := re.match(r"\s+# (.+)", line):
-            heading = match[1]
-        elif match := re.match(r"\s+(\w+): .*?  # (.+)", line):
-            comments[match[1]] = heading, match[2]
-            heading = ""
+    end = node.lineno
+    for field in node.body:
+        if isinstance(field, ast.AnnAssign):
+            above = "\n".join(lines[end : field.lineno - 1])
+            beside = "\n".join(lines[field.lineno - 1 : field.end_lineno])
+            heading = re.search(r"# (.+)", above)
+            comments[field.target.id] = (
+                heading[1] if heading else "",
+                re.search("# (.+)", beside)[1],
+            )
+        end = field.end_lineno
     return comments
 
 

@@ -26,7 +26,7 @@ USABLE = 0.92
 
 # Fitted to what torch's allocator counts for GPT-2's four sizes at batch sizes 1 to 64:
 BLOCK_BYTES = {"half": 37, "single": 65}  # that a block keeps, per token and channel
-RECOMPUTED_BLOCK = 1.4  # peak of a block that is computed again, in what it keeps otherwise
+RECOMPUTED_BLOCK = 1.4  # peak of recomputing a block, relative to what a block keeps otherwise
 ROUNDING = 1.03  # the allocator rounds sizes up
 
 
@@ -59,7 +59,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def choose_precision(device: torch.device, dtype: str) -> str:
-    """What --dtype means on a device: auto is the fastest that its hardware computes in itself."""
+    """What --dtype means on a device: auto is the fastest that its hardware supports natively."""
     if dtype != "auto":
         return dtype
     if device.type == "cuda":
@@ -74,7 +74,7 @@ def choose_precision(device: torch.device, dtype: str) -> str:
 
 
 def prepare_device(device: torch.device) -> None:
-    """Settings of this process that training on the device is faster with."""
+    """Process-wide settings that make training on this device faster."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # what stays in float32 may use TF32
@@ -131,7 +131,7 @@ def recompute_blocks(model: torch.nn.Module) -> None:
 
 @dataclass(frozen=True)
 class StepShape:
-    """What the memory of a training step depends on, beside its batch size."""
+    """What the memory of a training step depends on, besides its batch size."""
 
     model: GPTConfig
     seq_len: int
@@ -141,10 +141,10 @@ class StepShape:
 
 
 def step_memory(shape: StepShape, batch_size: int) -> float:
-    """Bytes of a GPU that a training step takes at its peak, in the middle of the backward pass.
+    """Peak GPU memory of a training step in bytes, reached in the middle of the backward pass.
 
-    A sum of what is allocated, but for the three constants above. tests/test_device.py compares
-    it with the counts of torch's allocator: never less, at most 10% more.
+    Everything is counted but for the three fitted constants above. tests/test_device.py compares
+    the sum with the counts of torch's allocator: never less, at most 10% more.
     """
     L = shape.model.n_layer
     C = shape.model.n_embd
@@ -161,7 +161,7 @@ def step_memory(shape: StepShape, batch_size: int) -> float:
     rows = rows_of_a_slice(V, "cuda")
     logits = number * V * min(n, rows)
     if not shape.compiled:
-        # the last slice's are still there, and in half precision there are float32 ones as well
+        # the previous slice's are still alive, and in half precision there are float32 ones as well
         logits = number * V * min(n, 2 * rows)
         logits += 4 * V * min(n, rows) if shape.half else 0
     head = logits + 12 * C * n  # with the loss's input and its gradient, in float32 and as they are
@@ -175,7 +175,7 @@ def step_memory(shape: StepShape, batch_size: int) -> float:
 
 def free_memory(device: torch.device) -> float:
     """Bytes of a GPU that no process has taken. On other devices, which share the machine's memory,
-    infinitely many."""
+    infinity."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
@@ -193,13 +193,13 @@ def largest_batch_size(shape: StepShape, share: int, free: float) -> int:
             f"a step with one sequence of {shape.seq_len:,} tokens takes "
             f"{step_memory(shape, 1) / 1e9:.1f} GB, and the GPU has {free / 1e9:.1f} GB free.\n"
             f"HINT: {'' if shape.recompute else '--recompute, or '}a smaller model (--n_layer, "
-            "--n_embd); --batch_size 1 tries it all the same"
+            "--n_embd); --batch_size 1 tries it anyway"
         )
     return max(fitting)
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(batch_size: int, recompute: bool):
+def explain_out_of_memory():
     """Turn a GPU's or a CPU's lack of memory into a UserError that says what needs less."""
     try:
         yield
@@ -207,24 +207,17 @@ def explain_out_of_memory(batch_size: int, recompute: bool):
         gpu = isinstance(error, torch.OutOfMemoryError)
         if not gpu and "can't allocate memory" not in str(error):
             raise
-        smaller = 2 ** (batch_size - 1).bit_length() // 2
-        hints = []
-        if batch_size > 1:
-            hints.append(f"--batch_size {smaller} needs about half")
-        if not recompute:
-            hints.append("--recompute far less")
-        hint = "choose a smaller model"
-        if hints:
-            hint = " and ".join(hints) + "; the result is the same"
         raise UserError(
-            f"the model at --batch_size {batch_size} does not fit into memory.\nHINT: {hint}",
+            "the run does not fit into memory.\n"
+            "HINT: half the --batch_size (the line `machine:` has it) needs about half,"
+            " --recompute far less; the result is the same",
             alone=True,
         ) from None
 
 
 @contextlib.contextmanager
 def explain_compile_failure():
-    """Turn a failure of torch.compile, on any of its many grounds, into a UserError."""
+    """Turn a failure of torch.compile, whatever its cause, into a UserError."""
     try:
         yield
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:

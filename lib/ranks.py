@@ -1,7 +1,7 @@
 """The processes of a run (ranks): what they compute together, and the signals that stop them.
 
 torchrun starts one process per GPU and tells each its rank. Without torchrun there is one process,
-its world_size is 1, and everything here stays inside it.
+its world_size is 1, and nothing here communicates.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from lib.cli import UserError, count, discard_output
 from lib.device import choose_device, device_name
 
-# what a launcher tells each of its processes
+# set by a launcher in each of its processes
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 # Ctrl-C, torchrun and Slurm, a closed terminal; what clusters send before a time limit
@@ -28,7 +28,7 @@ STOP_SIGNALS = (
 
 
 class Stopped(Exception):
-    """A signal asks the run to stop. It is raised on every rank, at the same place."""
+    """Raised on every rank, at the same place, when a signal asks the run to stop."""
 
     def __init__(self, signal_number: int):
         super().__init__(signal.Signals(signal_number).name)
@@ -39,7 +39,7 @@ class Ranks(contextlib.ExitStack):
     """The processes of a run, seen from one of them. Contexts that are entered here (a lock) are
     left when the run ends.
 
-    rank: this process's number among world_size. main: is it the one that prints and writes?
+    rank: this process's number among world_size. is_main: is it the one that prints and writes?
     device: what it computes on. signals: those that ask this process to stop.
     """
 
@@ -48,15 +48,15 @@ class Ranks(contextlib.ExitStack):
         check_launcher()
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-        self.main = self.rank == 0
+        self.is_main = self.rank == 0
         self.device = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
-        self.signals = Signals(announced=self.main)
+        self.signals = Signals(announced=self.is_main)
         self.callback(self.signals.restore)
 
     def connect(self, timeout: int) -> None:
         """Start the process group; timeout: seconds that ranks wait for each other.
 
-        Input errors come before this: no rank waits here for one that has exited.
+        Call it after checking the input, so that no rank waits here for one that has exited.
         """
         if self.world_size == 1:
             return
@@ -64,8 +64,8 @@ class Ranks(contextlib.ExitStack):
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
         if backend == "nccl":
             self.push(disconnect)
-        # gloo's group is left to lib.cli.exit_process: its destructor waits for threads that may
-        # wait for Python
+        # gloo's group is never destroyed, since its destructor may wait forever for Python's threads:
+        # lib.cli.exit_process ends the process instead
 
     def print(self, text: str) -> None:
         """Print, on the main rank only.
@@ -73,7 +73,7 @@ class Ranks(contextlib.ExitStack):
         Output that can't be written is no reason to stop: log.txt has the numbers. A closed
         terminal stays closed, but a full disk may have room again.
         """
-        if not self.main:
+        if not self.is_main:
             return
         try:
             print(text, flush=True)
@@ -90,7 +90,7 @@ class Ranks(contextlib.ExitStack):
     def max(self, *numbers: float) -> torch.Tensor:
         """The maximum of each number over all ranks, as a device tensor (numbers,); reading a value
         waits for the GPU."""
-        # filled by the GPU itself: copying them there would wait for it
+        # torch.full fills on the GPU; copying a host number would wait for it
         fills = [torch.full((), float(number), device=self.device) for number in numbers]
         tensor = torch.stack(fills)
         if self.world_size > 1:
@@ -126,10 +126,10 @@ class Ranks(contextlib.ExitStack):
     def on_main(self, function: Callable[..., None], *arguments) -> None:
         """Call function(*arguments) on the main rank, while the others wait for its end.
 
-        An OSError or UserError of it is raised on every rank, so that all decide alike.
+        An OSError or UserError that it raises is raised on every rank, so that all decide alike.
         """
         outcome = [None]
-        if self.main:
+        if self.is_main:
             try:
                 function(*arguments)
             except (OSError, UserError) as error:
@@ -139,8 +139,8 @@ class Ranks(contextlib.ExitStack):
         if outcome[0] is not None:
             raise outcome[0]
 
-    def check_equal(self, facts: dict) -> None:
-        """Raise UserError, on every rank, naming each of the facts that is not the same on all."""
+    def check_settings(self, facts: dict) -> None:
+        """Raise UserError, on every rank, naming each fact that differs."""
         everyone = [facts] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(everyone, facts)
@@ -157,7 +157,7 @@ class Ranks(contextlib.ExitStack):
                 "HINT: start the same command with the same data on every machine"
             )
 
-    def check_same(self, model: torch.nn.Module, step: int) -> None:
+    def check_weights(self, model: torch.nn.Module, step: int) -> None:
         """Compare step and weights (by a checksum of their bits) of all ranks.
 
         Raises UserError, on every rank, if they are not the same.
@@ -200,8 +200,8 @@ def disconnect(error_type, error, traceback) -> None:
 
 
 def check_launcher() -> None:
-    """Raise UserError unless a launcher has told this process all that it must know, or nothing:
-    one that takes itself for rank 1 of 1 would train, and write nothing."""
+    """Raise UserError if a launcher set only some of its variables: with RANK=1 and no WORLD_SIZE a
+    process would train, and write nothing."""
     missing = [name for name in LAUNCHER if name not in os.environ]
     found = [name for name in LAUNCHER[:3] if name in os.environ]
     if found and missing:
@@ -216,7 +216,7 @@ class Signals:
     """Records stop signals instead of dying from them, so that the step can be finished and
     saved.
 
-    announced: whether this process says so at once.
+    announced: print a line as soon as a signal arrives.
     """
 
     def __init__(self, announced: bool = False):
@@ -226,7 +226,7 @@ class Signals:
         self.parent = os.getppid()
 
     def listen(self) -> None:
-        """Record STOP_SIGNALS from now on, but for those that are ignored already, as nohup does
+        """Record STOP_SIGNALS from now on, except those that are ignored already, as nohup does
         with a hangup."""
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -241,7 +241,7 @@ class Signals:
     def received(self) -> int:
         """The signal that asks this process to stop; 0: none.
 
-        A torchrun that was killed can't send one any more: to lose it counts as SIGTERM.
+        A torchrun that was killed can't forward signals, so losing it counts as SIGTERM.
         """
         orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
         return signal.SIGTERM if orphaned else self.number

@@ -16,13 +16,12 @@ from lib.checkpoint import newest_checkpoint
 from lib.cli import UserError, count
 from lib.log import read_lines
 from lib.pretrained import open_model
-from lib.shards import Stream
 from lib.tokenizer import Tokenizer
 
 MODEL_FLAGS = tuple(field.name for field in dataclasses.fields(GPTConfig))
 
-# Settings a resumed run may change: none of them affects what the remaining steps compute.
-# max_steps may only grow; the schedule follows it.
+# Settings a resumed run may change. Only max_steps affects what the remaining steps compute: it may
+# only grow, and the schedule stretches with it.
 MAY_CHANGE = {
     "preset", "data_dir", "log_dir", "batch_size", "max_steps", "val_every", "val_tokens",
     "hellaswag_every", "hellaswag_data", "sample_every", "save_every", "keep_every", "keep_best",
@@ -35,9 +34,9 @@ class Start:
     """The state that a run starts from."""
 
     model: GPT  # on the CPU
-    source: str  # where the weights are from, for people
+    source: str  # where the weights come from, for messages
     precision: str  # bfloat16, float16 or float32
-    step: int = 0  # updates made already
+    step: int = 0  # completed updates
     best_val_loss: float = math.inf
     path: Path | None = None  # of the checkpoint; None: a new run
     optimizer: dict = field(default_factory=dict)  # its state
@@ -45,36 +44,38 @@ class Start:
     notes: list[str] = field(default_factory=list)  # for the run to print
 
     def restore(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-        """Give optimizer and loss scaler of a resumed run their state back."""
+        """Load the optimizer's and the loss scaler's state; a new run has none."""
         if self.path:
             optimizer.load_state_dict(self.optimizer)
             scaler.load_state_dict(self.scaler)
 
 
-def find_start(config, stream: Stream, tokenizer: Tokenizer, fastest: str) -> Start:
+def find_start(
+    config, identity: dict, tokenizer_spec: str, tokenizer: Tokenizer, new_precision: str
+) -> Start:
     """The state in the newest good checkpoint of log_dir, or that of a run before its first update.
 
-    stream, tokenizer: the training tokens. fastest: the precision of a new run. Raises UserError
-    if the run can't be resumed, or started.
+    identity, tokenizer_spec, tokenizer: of the training tokens. new_precision: of a new run. Raises
+    UserError if the run can't be resumed, or started.
     """
     found = newest_checkpoint(config.log_dir)
     if found is None:
         check_nothing_lost(config.log_dir)
-        return new_run(config, stream, tokenizer, fastest)
+        return new_run(config, tokenizer_spec, tokenizer, new_precision)
     checkpoint = found.checkpoint
-    check_same_run(config, stream.identity(), checkpoint, found.path)
+    check_same_run(config, identity, checkpoint, found.path)
     step = checkpoint["step"]
     notes = [f"WARNING: {reason}: skipped" for reason in found.skipped]
     notes.append(f"resuming from {found.path}, after {count(step, 'step')}")
-    if checkpoint["precision"] != fastest:
+    if checkpoint["precision"] != new_precision:
         notes.append(
             f"the run began in {checkpoint['precision']} and continues in it; a new one would use "
-            f"{fastest} here"
+            f"{new_precision} here"
         )
     before = checkpoint["train_config"]["max_steps"]
     if before != config.max_steps:
         schedule = "decay" if config.schedule == "linear" else "cosine"
-        notes.append(f"max_steps was {before}: from here the {schedule} ends at {config.max_steps}")
+        notes.append(f"max_steps was {before}: the {schedule} now ends at {config.max_steps}")
     model = GPT(checkpoint["config"])
     model.load_state_dict(checkpoint["model"])
     return Start(
@@ -100,21 +101,25 @@ def check_nothing_lost(log_dir: str) -> None:
         )
 
 
-def new_run(config, stream: Stream, tokenizer: Tokenizer, precision: str) -> Start:
+def new_run(config, tokenizer_spec: str, tokenizer: Tokenizer, precision: str) -> Start:
     """The state before the first update: new weights, or those of --init_from."""
     n_vocab = tokenizer.n_vocab
     given = {name: getattr(config, name) for name in MODEL_FLAGS}
     given = {name: value for name, value in given.items() if value is not None}
     notes = []
     if config.init_from == "scratch":
-        padded = math.ceil(n_vocab / 64) * 64  # GPUs like multiples of 64
+        if (config.vocab_size or n_vocab) < n_vocab:
+            raise UserError(
+                f"--vocab_size {config.vocab_size} is less than the tokenizer's {n_vocab} tokens"
+            )
+        padded = math.ceil(n_vocab / 64) * 64  # GPUs are faster with multiples of 64
         torch.manual_seed(config.seed)
         try:
             model = GPT(GPTConfig(**{"vocab_size": padded, "block_size": config.seq_len} | given))
         except ValueError as error:
             raise UserError(f"--{error}") from None
     else:
-        loaded = open_model(config.init_from, stream.tokenizer)
+        loaded = open_model(config.init_from, tokenizer_spec)
         notes = loaded.notes
         if not loaded.own_tokenizer:
             notes = [
@@ -134,10 +139,6 @@ def new_run(config, stream: Stream, tokenizer: Tokenizer, precision: str) -> Sta
         raise UserError(
             f"--seq_len {config.seq_len} is more than the model's block_size "
             f"{model.config.block_size}"
-        )
-    if n_vocab > model.config.vocab_size:
-        raise UserError(
-            f"--vocab_size {model.config.vocab_size} is less than the tokenizer's {n_vocab} tokens"
         )
     return Start(model, config.init_from, precision, notes=notes)
 
@@ -171,7 +172,7 @@ def check_same_run(config, identity: dict, checkpoint: dict, path: Path) -> None
         )
     if differences:
         raise UserError(
-            f"{path} is of a run with other settings: {'; '.join(differences)}.\n"
+            f"{path} is from a run with other settings: {'; '.join(differences)}.\n"
             "HINT: choose another --log_dir for a new run, or give the old settings to resume this "
             "one"
         )

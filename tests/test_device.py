@@ -17,10 +17,13 @@ from lib.device import (
     StepShape,
     choose_device,
     choose_precision,
+    explain_compile_failure,
+    explain_out_of_memory,
     largest_batch_size,
     recompute_blocks,
     step_memory,
 )
+from lib.ranks import Ranks
 
 SMALL = GPTConfig(block_size=32, vocab_size=101, n_layer=3, n_head=4, n_embd=48)
 
@@ -213,6 +216,19 @@ def test_where_not_one_sequence_fits():
         )
         with pytest.raises(UserError, match=said):
             largest_batch_size(shape_of(words), 512, 8e9)
+
+
+def test_lack_of_memory_inside_the_compiler_is_lack_of_memory():
+    """torch.compile wraps what it meets; the order of main()'s contexts unwraps it."""
+    error = RuntimeError("as InductorError, whose arguments differ from version to version")
+    error.inner_exception = torch.OutOfMemoryError("CUDA out of memory")
+    with (
+        pytest.raises(UserError, match="the run does not fit into memory"),
+        Ranks("cpu") as ranks,
+    ):
+        ranks.enter_context(explain_out_of_memory())
+        ranks.enter_context(explain_compile_failure())
+        raise error
 
 
 # ---- recomputed activations

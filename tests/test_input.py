@@ -24,7 +24,8 @@ BAD = {
     "heads": (["--n_head=3"], "n_head 3 does not divide n_embd 32: n_head 4 would|n_head 2 would"),
     "no layers": (["--n_layer=0"], "--n_layer is 0: it must be at least 1"),
     "total batch": (
-        ["--total_batch_size=100"], "100 is not a multiple.*\nHINT: --total_batch_size 96 fits"
+        ["--total_batch_size=100"],
+        "100 is not a multiple.*\nHINT: a new run could use --total_batch_size 96",
     ),
     "batch": (["--batch_size=3"], "--batch_size 3 x .*\nHINT: --batch_size 2 fits"),
     "no shards": (
@@ -42,13 +43,16 @@ BAD = {
     "clip": (["--grad_clip=0"], "--grad_clip is 0.0: it must be a number above 0"),
     "warm-up": (["--warmup_steps=-1"], "--warmup_steps is -1: it must be at least 0"),
     "validation": (
-        ["--val_tokens=64"], "--val_tokens 64 is less than one step.*it must be at least as many"
+        ["--val_tokens=64"], "--val_tokens 64 is less than one step.*give at least as many"
+    ),
+    "validation alone": (
+        ["--eval_only", "--val_every=0", "--val_tokens=10"], "--val_tokens 10 is less than one step"
     ),
     "interval": (["--save_every=-5"], "--save_every is -5"),
     "device": (["--device=cuda"], "--device cuda is not available on this machine"),
     "memory": (
         ["--vocab_size=9999999999999"],
-        "--batch_size 2 does not fit into memory.\nHINT: --batch_size 1",
+        "the run does not fit into memory.\nHINT: half the --batch_size",
     ),
     "HellaSwag": (
         ["--hellaswag_every=4", "--hellaswag_data=none.jsonl"], "none.jsonl can't be read"
@@ -112,9 +116,12 @@ def test_what_is_worth_knowing_is_said_before_the_first_step(tmp_path, capsys):
     assert train.main(words) == 0
     printed = capsys.readouterr().out
     assert "data is not complete: a run can't be resumed once its data has grown" in printed
-    assert "WARNING: --warmup_steps 2 > --max_steps 1: no step has --max_lr" in printed
     assert (
-        "validation uses 512 tokens: the whole steps in --val_tokens 5,000 and in the 600 of"
+        "WARNING: --warmup_steps 2 > --max_steps 1: the learning rate never reaches --max_lr"
+        in printed
+    )
+    assert (
+        "validation uses 512 tokens: --val_tokens 5,000 and the 600 validation tokens, rounded"
         in printed
     )
     assert printed.index("validation uses") < printed.index("step     0 |")

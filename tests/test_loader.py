@@ -105,7 +105,7 @@ def test_the_order_of_an_epoch_is_numpys(seed, tmp_path):
     [
         (3, 1, "is not a multiple of --batch_size 3 x --seq_len 8 x 1 ranks = 24\nHINT: --batch_s"),
         (8, 2, "HINT: --batch_size 4 fits"),
-        (1, 3, "HINT: 2 ranks (--nproc_per_node) fit, and --total_batch_size 72 fits a new run"),
+        (1, 3, "HINT: 2 ranks (--nproc_per_node) fit; a new run could use --total_batch_size 72"),
     ],
 )
 def test_a_step_that_does_not_come_out_even(B, ranks, message, tmp_path):

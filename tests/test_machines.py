@@ -19,6 +19,7 @@ from conftest import (
     assert_same_weights,
     assert_uninterrupted,
     comparable_log,
+    damage,
     flags,
     log_lines,
     script,
@@ -191,6 +192,20 @@ def test_a_copy_that_has_only_the_best_is_resumed_from_it(trained, tmp_path):
     assert newest_checkpoint(tmp_path / "log").checkpoint["step"] == 8
 
 
+def test_the_newest_is_the_one_of_the_latest_step_whatever_its_name(data_dir, trained, tmp_path):
+    """A download of model_checkpoint.pt beside an older checkpoint: its steps are not lost."""
+    log_dir = tmp_path / "log"
+    only_files(trained, log_dir, "model_00006.pt", "model_checkpoint.pt", "log.txt")
+    assert newest_checkpoint(log_dir).checkpoint["step"] == 8
+    assert train.main(flags(data_dir=data_dir, log_dir=log_dir)) == 0
+    assert load_checkpoint(log_dir / "model_00008.pt")["step"] == 8
+    damage(log_dir / "model_00008.pt")  # without links its copy is as good
+    (log_dir / "model_checkpoint.pt").unlink()
+    shutil.copyfile(trained / "model_checkpoint.pt", log_dir / "model_checkpoint.pt")
+    found = newest_checkpoint(log_dir)
+    assert found.checkpoint["step"] == 8 and len(found.skipped) == 1
+
+
 def contents(directory) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != ".lock"}
 
@@ -342,7 +357,7 @@ def test_a_log_directory_that_cannot_be_made_again_is_named(
     monkeypatch.setattr(train, "get_lr", replace)
     assert train.main(flags(data_dir=data_dir, log_dir=tmp_path / "log")) == 1
     printed = capsys.readouterr()
-    assert f"WARNING: {tmp_path / 'log'} has vanished" in printed.out
+    assert f"WARNING: {tmp_path / 'log'} has disappeared" in printed.out
     assert f"once {tmp_path / 'log'} can be written" in printed.err
     assert "Traceback" not in printed.err
 
@@ -424,7 +439,7 @@ def test_a_sample_that_is_due_of_weights_that_are_nan(data_dir, tmp_path):
     done = script(ROOT / "tests" / "drivers.py", *words, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "no sample: the weights are not finite" in done.stdout
-    assert "not finite 10 times in a row" in done.stderr or "are not saved" in done.stderr
+    assert "was not finite 10 times in a row" in done.stderr or "are not saved" in done.stderr
 
 
 def test_no_compiler_is_two_lines(data_dir, tmp_path):

@@ -11,13 +11,13 @@ from lib.ranks import Ranks, Signals
 
 def test_one_process_is_its_own_world():
     ranks = Ranks("cpu")
-    assert (ranks.rank, ranks.world_size, ranks.main) == (0, 1, True)
+    assert (ranks.rank, ranks.world_size, ranks.is_main) == (0, 1, True)
     assert (
         ranks.sum(torch.tensor(3.0)) == 3
         and ranks.max(2) == 2
         and ranks.hardware().startswith("1 x CPU with ")
     )
-    ranks.check_same(torch.nn.Linear(2, 2), 5)
+    ranks.check_weights(torch.nn.Linear(2, 2), 5)
 
 
 def test_signals_are_recorded_and_handlers_restored():

@@ -537,6 +537,24 @@ def test_the_best_is_kept_where_a_run_was_stopped_before_it_was_measured(data_di
     assert load_checkpoint(tmp_path / "model_best.pt")["step"] == 5
 
 
+def test_a_best_that_could_not_be_saved_is_not_the_best(data_dir, tmp_path, monkeypatch):
+    """Validations of 3.0, which the disk does not take, and of 3.5: the second is the best kept."""
+    words = flags(data_dir=data_dir, log_dir=tmp_path, max_steps=4, val_every=1, save_every=0)
+    losses = iter((5.0, 4.0, 3.0, 3.5, 6.0))
+    monkeypatch.setattr(train, "validation_loss", lambda *words: next(losses))
+    save_checkpoint = train.save_checkpoint
+
+    def full_at_step_2(log_dir, state):
+        if state["step"] == 2:
+            raise OSError(28, "No space left on device")
+        return save_checkpoint(log_dir, state)
+
+    monkeypatch.setattr(train, "save_checkpoint", full_at_step_2)
+    assert train.main([*words, "--keep_best"]) == 0
+    assert os.readlink(tmp_path / "model_best.pt") == "model_00003.pt"
+    assert load_checkpoint(tmp_path / "model_00004.pt")["best_val_loss"] == 3.5
+
+
 def test_a_validation_that_is_not_finite_is_not_the_best(data_dir, tmp_path, monkeypatch):
     words = flags(data_dir=data_dir, log_dir=tmp_path, max_steps=5, val_every=1, save_every=0)
     losses = iter((math.nan, 3.0, math.inf, 3.5, 2.5, math.nan))
