@@ -117,7 +117,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def hidden(self, idx, cache=None):
-        """The last layer's output for tokens idx (B, T): (B, T, C), C channels for each token.
+        """Tokens idx (B, T) -> the output of ln_f, (B, T, C), from which lm_head predicts.
 
         cache: a KVCache for each layer. While they are empty, idx is the whole prompt, then one
         token at a time. Raises ValueError if a token would be beyond block_size.

@@ -1,15 +1,15 @@
-"""Inside a GPT: one forward pass written out step by step, printed, and shown as a page to click.
+"""Inside a GPT: one forward pass written out step by step, printed, and shown on a page to click.
 
     python inside.py "The capital of France is" --model gpt2
     python inside.py "Return the " --model demo/log/model_checkpoint.pt --out return.html
     python inside.py "Return True if the string is a string" --model demo/log --history
 
 `forward` is the lesson: the whole of GPT-2 in plain matrix operations, in the order in which a
-sentence goes through it. Nothing in it calls the model: it takes the model's weights, and its
-logits are the model's. The values it names are what is printed and shown.
+sentence passes through it. It never calls the model: it takes the weights and computes the same
+logits. The values that it names are what is printed and shown.
 
 Shapes: T tokens, C channels, H heads, D = C/H channels of a head, V vocabulary. Layers, heads and
-positions are counted from 0, as the weights' names count them.
+positions count from 0.
 """
 
 import base64
@@ -33,11 +33,11 @@ from lib.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class InsideConfig:
-    prompt: str = ""  # text to look into; without one, the end-of-text token alone
+    prompt: str = ""  # text to look into (default: the end-of-text token alone)
     model: LocalPath = "log/model_checkpoint.pt"  # a checkpoint, a folder, or gpt2 ... from the Hub
     tokenizer: LocalPath | None = None  # gpt2, bytes, or a tokenizer.json, for a model without one
     out: LocalPath = "inside.html"  # page to write
-    history: bool = False  # show all checkpoints of the log directory --model, with a slider
+    history: bool = False  # show every checkpoint of the run in --model, with a slider
 
 
 # ---- the forward pass ----
@@ -47,7 +47,7 @@ def forward(weights: dict[str, np.ndarray], tokens: list[int], n_head: int) -> S
     """One pass of GPT-2 over a prompt. Every value is an attribute; MEANING says what each one is.
 
     weights: by GPT-2's names (`weights_of`). tokens: the prompt's ids, at least one and no more
-    than the model has positions. n_head: H, which the weights' shapes don't tell. The values of a
+    than the model has positions. n_head: H, which the weights' shapes don't reveal. The values of a
     block are in `blocks[layer]`. Row t of `logits` and of `probabilities`, each (T, V), is what
     the model expects after token t.
     """

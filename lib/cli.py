@@ -36,7 +36,7 @@ LocalPath = Annotated[str, "path"]  # or a name on the Hub, where a command take
 
 
 class UserError(Exception):
-    """Something that the user can put right: printed as one message without a traceback.
+    """An error that the user can fix: printed as one message without a traceback.
 
     code: the exit code (2 bad input, 1 the run failed). alone: other ranks may not have this error,
     so it is printed at once whatever the rank.
@@ -61,8 +61,8 @@ def command(main):
             return main(argv) or 0
         except UserError as error:
             if not error.alone and not is_first_on_its_machine():
-                # the first rank has the same error and prints it; its end makes the launcher end
-                # this one. If nobody does, the error is this rank's alone
+                # the first rank prints the same error and exits, and the launcher then ends this
+                # one; if it does not within 10 s, the error is this rank's alone
                 time.sleep(10)
             print(f"error: {error}", file=sys.stderr, flush=True)
             return error.code
@@ -167,7 +167,7 @@ def parse(
         else:
             group.add_argument(f"--{field.name}", **options)
     arguments = sys.argv[1:] if argv is None else argv
-    # behind -- nothing is a flag
+    # after --, nothing is a flag
     end = arguments.index("--") if "--" in arguments else len(arguments)
     arguments = [*map(with_underscores, arguments[:end]), *arguments[end:]]
     if presets:
@@ -209,9 +209,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def local_path(text: str) -> str:
-    """A path with the home directory in the place of ~."""
+    """Expand ~, and refuse a URL."""
     if "://" in text:
-        message = f"{text} is an address; give a path on this machine, or a name on the Hub"
+        message = f"{text} is a URL; give a path on this machine, or a name on the Hub"
         raise argparse.ArgumentTypeError(message)
     return os.path.expanduser(text)
 

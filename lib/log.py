@@ -1,4 +1,4 @@
-"""What a run has measured, on disk: log.txt, and run.json with what was run.
+"""log.txt, what a run measured, and run.json, what was run.
 
 log = Log("log", first_step=0)
 log.write(250, val=3.9518)                      # appends the line `250 val 3.9518`
@@ -16,17 +16,17 @@ from pathlib import Path
 from lib.cli import UserError
 from lib.files import whole_file
 
-# Streams whose value at a step belongs to the weights before its update. A run that resumes at this
-# step may not measure them again, so they are kept until it does.
+# Streams measured before the update of their step. A run that resumes there may not measure them
+# again, so they are kept until it does.
 BEFORE_THE_UPDATE = ("val", "hella", "eval_s", "save_s")
 
 
 class Log:
     """LOG_DIR/log.txt of a run that starts, or resumes, at first_step.
 
-    The first write drops what the run measures again: all lines from first_step on, but for those
-    BEFORE_THE_UPDATE of first_step that this write does not replace. log_dir None writes nothing:
-    for the ranks that don't keep the log.
+    The first write drops the lines that the run will write again: those from first_step on, except
+    streams BEFORE_THE_UPDATE at first_step that this write does not replace. log_dir None: write
+    nothing, for the ranks that don't keep the log.
     """
 
     def __init__(self, log_dir, first_step: int):
@@ -41,7 +41,7 @@ class Log:
             return
         try:
             if self.file is None:
-                self.drop_what_comes_again(replaced=values)
+                self.drop_replaced_lines(replaced=values)
                 self.file = open(self.path, "a")
             for stream, value in values.items():
                 self.file.write(format_line(step, stream, value))
@@ -54,7 +54,7 @@ class Log:
                 code=1,
             ) from None
 
-    def drop_what_comes_again(self, replaced: dict[str, float]) -> None:
+    def drop_replaced_lines(self, replaced: dict[str, float]) -> None:
         with whole_file(self.path) as file:
             for step, stream, value in read_lines(self.path):
                 before = stream in BEFORE_THE_UPDATE and stream not in replaced
@@ -63,7 +63,7 @@ class Log:
                     self.streams.setdefault(stream, []).append((step, value))
 
     def sync(self) -> None:
-        """Flush to the disk, before a checkpoint: the log then has every step that it has."""
+        """Flush to the disk before a checkpoint, so that the log has every step that it has."""
         if self.file is not None:
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -74,7 +74,7 @@ def format_line(step: int, stream: str, value: float) -> str:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str, float]]:
-    """(step, stream, value) of each line of a log; of none where there is no file.
+    """(step, stream, value) of each line of a log; nothing if there is no file.
 
     Lines that a power cut or an editor has damaged are skipped.
     """
@@ -84,7 +84,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str, float]]:
         for line in file:
             try:
                 step, stream, value = line.split()
-                if line.endswith("\n"):  # the last line may be torn in the middle of a number
+                if line.endswith("\n"):  # the last line may be cut off in the middle of a number
                     yield int(step), stream, float(value)
             except ValueError:
                 continue
@@ -123,7 +123,7 @@ class RunFacts:
 
 
 def without_paths(config: dict) -> dict:
-    """A configuration that may be published: of an absolute path only its last part."""
+    """A configuration that is safe to publish: absolute paths keep their last part only."""
     return {
         name: os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
         for name, value in config.items()

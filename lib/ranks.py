@@ -64,8 +64,8 @@ class Ranks(contextlib.ExitStack):
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
         if backend == "nccl":
             self.push(disconnect)
-        # gloo's group is never destroyed, since its destructor may wait forever for Python's threads:
-        # lib.cli.exit_process ends the process instead
+        # gloo's group is never destroyed, since its destructor may wait forever for threads of
+        # Python: lib.cli.exit_process ends the process instead
 
     def print(self, text: str) -> None:
         """Print, on the main rank only.

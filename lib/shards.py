@@ -35,13 +35,13 @@ BIN_HEADER = 256 * 4  # bytes
 
 
 def is_on_hub(data: dict) -> bool:
-    """Is a data set, given as TokenLoader.identity(), one of the Hub? Those have a commit as their
-    revision."""
+    """True if a data set, given as Stream.identity(), is from the Hub: only those have a commit as
+    their revision."""
     return re.fullmatch(r"[0-9a-f]{40}", data.get("revision") or "") is not None
 
 
 def public_name(data: dict) -> str | None:
-    """The name of a data set as others may read it: of local files the base name alone."""
+    """A data set's name for publication: for local files the base name only."""
     dataset = data.get("dataset")
     return dataset if dataset in (None, "pydoc") or is_on_hub(data) else Path(dataset).name
 
@@ -66,7 +66,7 @@ class Position:
 
     file: int = 0  # number of the file in the list of the source's files
     document: int = 0  # documents of that file before the batch
-    skipped: int = 0  # documents before the batch, in all files, that are no texts
+    skipped: int = 0  # documents before the batch, in all files, that are not text
     used: int = 0  # tokens of the batch that are already in a shard
 
 
@@ -82,9 +82,9 @@ class Manifest:
     text_field: str
     tokenizer: str  # gpt2, bytes, or tokenizer.json: a file beside the manifest
     vocab_size: int  # ids of the tokenizer
-    shard_size: int  # tokens in a shard, of which the last one may have fewer
+    shard_size: int  # tokens in a shard; the last one may have fewer
     shards: list[ShardEntry] = dataclasses.field(default_factory=list)
-    skipped: int = 0  # documents that are no texts
+    skipped: int = 0  # documents that are not text
     position: Position | None = None  # None at the beginning, and when complete
     complete: bool = False
     tokenizer_sha256: str | None = None  # of tokenizer.json
@@ -259,7 +259,7 @@ class ShardWriter:
         self.data_dir = Path(data_dir)
         self.manifest = manifest
         self.eot_token = eot_token
-        self.tokens = manifest.tokens  # so far, with the buffered
+        self.tokens = manifest.tokens  # so far, including the buffer
         self.filled = 0
         self.buffer = np.empty(manifest.shard_size, dtype=np.uint16)
 
@@ -278,7 +278,7 @@ class ShardWriter:
             self.tokens += len(part)
 
     def finish(self, skipped: int) -> None:
-        """Write what is buffered as the last shard. skipped: documents that are no texts."""
+        """Write what is buffered as the last shard. skipped: documents that are not text."""
         self.write(None, skipped)
 
     def write(self, position: Position | None, skipped: int) -> None:
@@ -344,8 +344,8 @@ class Stream:
                 wrong = int(np.argmax(part >= self.n_vocab))
                 raise UserError(
                     f"{shard.path} has token {part[wrong]}, which is not below the vocabulary's "
-                    f"{self.n_vocab}, at place {offset + wrong:,}: the file is damaged, or was made"
-                    " with another tokenizer",
+                    f"{self.n_vocab}, at position {offset + wrong:,}: the file is damaged, or was"
+                    " made with another tokenizer",
                     alone=True,
                 )
             parts.append(part)

@@ -132,7 +132,7 @@ def test_ids_above_the_vocabulary_do_not_reach_the_model(name, place, step, tmp_
     np.save(path, tokens)
     loader = TokenLoader(tmp_path, "train", 30, 30)
     list(loader.batches(3, 1))
-    said = f"{path} has token 257, which is not below the vocabulary's 257, at place {place}:"
+    said = f"{path} has token 257, which is not below the vocabulary's 257, at position {place}:"
     with pytest.raises(UserError, match=said):
         list(loader.batches(step, 1))
 

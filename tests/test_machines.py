@@ -365,7 +365,7 @@ def test_a_log_directory_that_cannot_be_made_again_is_named(
 def test_an_address_is_no_directory(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert train.main(flags(data_dir=data_dir, log_dir="s3://bucket/log")) == 2
-    assert "--log_dir: s3://bucket/log is an address; give a path" in capsys.readouterr().err
+    assert "--log_dir: s3://bucket/log is a URL; give a path" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
