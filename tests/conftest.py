@@ -77,7 +77,7 @@ def script(*words, env=None, cwd=None, input="", timeout=300) -> subprocess.Comp
         argv[0] = str(ROOT / argv[0])
     # what a forked process can't take any more
     at_start = env.keys() & {"LD_PRELOAD", "PYTHONIOENCODING", "TORCH_LOGS"}
-    if at_start or words[0] == "data_generator.py":
+    if at_start:
         options = {"capture_output": True, "text": True, "timeout": timeout, "input": input}
         if argv[0] == "torchrun":
             argv[:1] = ["-m", "torch.distributed.run"]
