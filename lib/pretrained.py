@@ -54,8 +54,8 @@ NANOGPT_NOTE = (
 )
 
 
-class NotAGPT2(ValueError):
-    """A model from elsewhere computes something else than the GPT of GPT_Modules.py."""
+class NotAGPT2(UserError, ValueError):
+    """What was to be a GPT-2 is another model, or has weights that are not finite."""
 
 
 # ---- Hugging Face's folder ----
@@ -64,8 +64,8 @@ class NotAGPT2(ValueError):
 def read_folder(name: str) -> GPT:
     """The model in a folder, beside a file of weights, or under a name (gpt2, ...) on the Hub.
 
-    Raises NotAGPT2 for another kind of model, OSError and huggingface_hub's errors if it can't be
-    read or fetched.
+    Raises NotAGPT2 for another model or bad weights, OSError and huggingface_hub's errors if it
+    can't be read or fetched.
     """
     path = Path(name)
     if path.exists():
@@ -114,36 +114,38 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def load_weights(model: GPT, weights: dict[str, torch.Tensor], transposed: bool = False) -> None:
     """Copy weights of any precision into a model, under any of their usual names: with or without
-    transformer., module., _orig_mod., masks and the tied lm_head.
+    transformer., module., _orig_mod. and masks; the token table as wte, lm_head or both.
 
-    transposed: the matrices of TRANSPOSED are stored as OpenAI did. Raises NotAGPT2 if one is
-    missing, left over, of another shape, or made of integers, or if lm_head is not tied.
+    transposed: the matrices of TRANSPOSED are stored as OpenAI did. Raises NotAGPT2 if a weight
+    is missing, left over, of another shape, made of integers, or not finite.
     """
     parameters = dict(model.named_parameters())
-    head = parameters["transformer.wte.weight"]
     seen = set()
-    for name, tensor in weights.items():
-        name = name.replace("_orig_mod.", "").replace("module.", "")
+    for stored_name, tensor in weights.items():
+        name = stored_name.replace("_orig_mod.", "").replace("module.", "")
         name = name.removeprefix("transformer.")
         if name.endswith((".attn.bias", ".attn.masked_bias")):
             continue
-        if name == "lm_head.weight":
-            head = tensor
-            continue
+        name = "wte.weight" if name == "lm_head.weight" else name
         parameter = parameters.get(f"transformer.{name}")
         tensor = tensor.T if transposed and name.endswith(TRANSPOSED) else tensor
         if parameter is None or parameter.shape != tensor.shape:
             shape = tuple(tensor.shape)
-            raise NotAGPT2(f"weight {name} of shape {shape} does not fit into {model.config}")
+            raise NotAGPT2(f"weight {stored_name} of shape {shape} does not fit {model.config}")
         if not tensor.is_floating_point():
-            raise NotAGPT2(f"weight {name} is {tensor.dtype}: quantized weights are not read")
+            raise NotAGPT2(
+                f"weight {stored_name} is {tensor.dtype}: quantized weights are not read"
+            )
+        tensor = tensor.to(parameter.dtype)
+        if not tensor.isfinite().all():
+            raise NotAGPT2(f"weight {stored_name} has numbers that are not finite", code=1)
+        if name in seen and not torch.equal(tensor, parameter):
+            raise NotAGPT2("lm_head.weight is not wte.weight: in a GPT-2 they are one table")
         parameter.data.copy_(tensor)
-        seen.add(f"transformer.{name}")
-    if missing := parameters.keys() - seen:
-        first = ", ".join(sorted(missing)[:3])
-        raise NotAGPT2(f"weights are missing: {first} ({len(missing)} in all)")
-    if not torch.equal(head.float(), model.lm_head.weight):
-        raise NotAGPT2("lm_head.weight is not wte.weight: in a GPT-2 they are one table")
+        seen.add(name)
+    missing = [name for name in parameters if name.removeprefix("transformer.") not in seen]
+    if missing:
+        raise NotAGPT2(f"weights are missing: {', '.join(missing[:3])} ({len(missing)} in all)")
 
 
 def write_folder(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
@@ -249,15 +251,14 @@ def open_checkpoint(content, path: Path, tokenizer: str | None, notes: list[str]
     model = GPT(content["config"])
     try:
         load_weights(model, content["model"])
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+    except NotAGPT2 as error:
+        raise UserError(f"{path}: {error}", error.code) from None
     rows = model.config.vocab_size
     own = content.get("tokenizer")
     if own is None and tokenizer is None and rows in (GPT2_TOKENS, 50304):
         tokenizer = "gpt2"
         notes = [*notes, f"{path} names no tokenizer: assuming GPT-2's tokens for its {rows} rows"]
     chosen = choose_tokenizer(own, tokenizer, rows, str(path))
-    check_finite(model, str(path))
     notes = [*notes, *chosen.notes]
     return LoadedModel(model.eval(), chosen, own is not None, content, path, notes)
 
@@ -285,7 +286,7 @@ def open_folder(name: str, folder: Path | None, tokenizer: str | None) -> Loaded
     try:
         model = read_folder(name)
     except NotAGPT2 as error:
-        raise UserError(f"{name}: {error}") from None
+        raise UserError(f"{name}: {error}", error.code) from None
     # what the Hub's HTTP library raises can't be named without naming the library
     except Exception as error:
         where = "as a model folder" if folder else "from the Hub"
@@ -294,7 +295,6 @@ def open_folder(name: str, folder: Path | None, tokenizer: str | None) -> Loaded
     if folder:
         own = folder if has_tokenizer(folder) else None
     chosen = choose_tokenizer(own, tokenizer, model.config.vocab_size, name)
-    check_finite(model, name)
     return LoadedModel(model.eval(), chosen, own is not None, notes=chosen.notes)
 
 
@@ -320,13 +320,6 @@ def choose_tokenizer(own, given, rows: int, name: str) -> Tokenizer:
             f" {tokenizer.n_vocab:,} ids: they don't belong together"
         )
     return tokenizer
-
-
-def check_finite(model: GPT, name: str) -> None:
-    """Raise UserError naming the first weight that has NaN or Inf in it."""
-    for weight, values in model.named_parameters():
-        if not values.isfinite().all():
-            raise UserError(f"{name}: {weight} has numbers that are not finite", code=1)
 
 
 def load_model(name: str, device="cpu", tokenizer: str | None = None) -> tuple[GPT, Tokenizer]:

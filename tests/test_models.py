@@ -7,12 +7,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from conftest import flags, write_hellaswag
+from safetensors.torch import load_file, save_file, save_model
 from test_tokenizer import byte_level_bpe, save
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import export
+import hellaswag
+import inside
 import sample
+import train
 from GPT_Modules import GPT
 from lib.cli import UserError
 from lib.log import RunFacts
@@ -119,6 +123,16 @@ def test_openais_names_without_a_prefix_and_with_masks(own_tokenizer, tmp_path):
         weights[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
         weights[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    copy_tokenizer(own_tokenizer, tmp_path)
+    assert largest_difference(load_model(str(tmp_path))[0], theirs) < 1e-5
+
+
+def test_the_token_table_under_the_name_of_the_head_alone(own_tokenizer, tmp_path):
+    """As safetensors.torch.save_model stores a tied pair, here by the hand of a user."""
+    theirs = small_gpt2()
+    theirs.config.save_pretrained(tmp_path)
+    save_model(theirs, str(tmp_path / "model.safetensors"))
+    assert "transformer.wte.weight" not in load_file(tmp_path / "model.safetensors")
     copy_tokenizer(own_tokenizer, tmp_path)
     assert largest_difference(load_model(str(tmp_path))[0], theirs) < 1e-5
 
@@ -373,3 +387,51 @@ def test_an_adapter_is_to_be_merged_with_the_lines_of_the_message(own_tokenizer,
     exec(program)
     ours, _ = load_model(str(tmp_path / "merged"), tokenizer=own_tokenizer)
     assert largest_difference(ours, adapted) < 1e-4
+
+
+# ---- weights that are not finite ----
+
+NOT_FINITE = {
+    "NaN in the token table": ("transformer.wte.weight", float("nan")),
+    "Inf in a bias": ("transformer.h.1.mlp.c_fc.bias", float("inf")),
+    "above float32": ("transformer.ln_f.weight", 1e300),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_FINITE)
+@pytest.mark.parametrize("source", ["checkpoint", "folder"])
+def test_every_command_names_a_weight_that_is_not_finite(source, kind, data_dir, tmp_path, capsys):
+    small_gpt2(vocab_size=257).save_pretrained(tmp_path / "folder")
+    for file, content in get_tokenizer("bytes").files(64).items():
+        (tmp_path / "folder" / file).write_bytes(content)
+    ours = GPT.from_pretrained(tmp_path / "folder")
+    weight, value = NOT_FINITE[kind]
+    if source == "folder":
+        model = tmp_path / "folder"
+        weights = load_file(model / "model.safetensors")
+        weights[weight] = weights[weight].double()
+        weights[weight].view(-1)[1] = value
+        save_file(weights, model / "model.safetensors")
+    else:
+        model = tmp_path / "model_00001.pt"
+        weights = ours.state_dict()
+        weights[weight] = weights[weight].double()
+        weights[weight].view(-1)[1] = value
+        state = {"model": weights, "config": ours.config, "step": 1, "tokenizer": "bytes"}
+        torch.save(state, model)
+    write_hellaswag(tmp_path / "h.jsonl", 3)
+    capsys.readouterr()
+    shape = {"n_layer": None, "n_head": None, "n_embd": None, "log_dir": tmp_path / "log"}
+    run = flags(data_dir=data_dir, init_from=model, **shape)
+    for command, words in (
+        (sample, ["Hi", "--model", str(model), "--temperature=0"]),
+        (hellaswag, ["--model", str(model), "--data", str(tmp_path / "h.jsonl")]),
+        (export, ["--model", str(model), "--out", str(tmp_path / "out")]),
+        (inside, ["Hi", "--model", str(model), "--out", str(tmp_path / "inside.html")]),
+        (train, run),
+        (train, [*run, "--eval_only"]),
+    ):
+        assert command.main(words) == 1
+        printed = capsys.readouterr()
+        assert printed.err == f"error: {model}: weight {weight} has numbers that are not finite\n"
+    assert not {"out", "inside.html"} & {path.name for path in tmp_path.iterdir()}
