@@ -31,8 +31,25 @@ WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 
+# What other files begin with, and what they are.
+OTHER_KINDS = {
+    b"GGUF": "is a GGUF file, for llama.cpp",
+    b"\x89HDF": "is an HDF5 file, TensorFlow's or Keras's",
+    b"version https://git-lfs": "is a pointer of Git LFS: `git lfs pull` fetches the file itself",
+    b"{": "is a JSON file",
+}
+
 # OpenAI kept these weights as (inputs, outputs); nn.Linear wants (outputs, inputs).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+# GPTConfig's names, and those of config.json.
+SHAPE = {
+    "block_size": "n_positions",
+    "vocab_size": "vocab_size",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+}
 
 # What config.json must say for the model to be the one of GPT_Modules.py, the usual value first.
 # A key that is missing has the usual value, but for model_type. gelu_pytorch_tanh is another name
@@ -82,14 +99,15 @@ def read_folder(name: str) -> GPT:
         config_file = Path(hf_hub_download(name, "config.json"))
         path = Path(hf_hub_download(name, "model.safetensors"))
     config = json.loads(config_file.read_text())
+    if missing := [key for key in SHAPE.values() if key not in config]:
+        raise NotAGPT2(f"config.json has no {', '.join(missing)}")
     for key, values in SAME_MODEL.items():
         value = config.get(key, values[0] if key != "model_type" else None)
         if value not in values:
             raise NotAGPT2(f"{key} is {value!r} where a GPT-2 has {values[0]!r}")
-    shape = {key: config[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    if config.get("n_inner") not in (None, 4 * shape["n_embd"]):
+    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
         raise NotAGPT2(f"n_inner is {config['n_inner']} where a GPT-2 has 4 times n_embd")
-    model = GPT(GPTConfig(block_size=config["n_positions"], **shape))
+    model = GPT(GPTConfig(**{field: config[key] for field, key in SHAPE.items()}))
     load_weights(model, read_weights(path), transposed=True)
     return model
 
@@ -104,12 +122,25 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         for name in sorted(set(json.loads(path.read_text())["weight_map"].values())):
             weights |= read_weights(path.with_name(name))
         return weights
+    if kind := other_kind(path):
+        raise NotAGPT2(f"{path.name} {kind}")
     if path.suffix == ".safetensors":
         return load_file(path)
     # torch.load does not compare the checksums; older files have none
     if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
         raise ValueError(f"{path.name} is damaged: the checksum of {part} is wrong")
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def other_kind(path: Path) -> str | None:
+    """What a file is, by what it begins with; None if it may hold weights."""
+    beginning = first_bytes(path)
+    return next((kind for magic, kind in OTHER_KINDS.items() if beginning.startswith(magic)), None)
+
+
+def first_bytes(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(24)
 
 
 def load_weights(model: GPT, weights: dict[str, torch.Tensor], transposed: bool = False) -> None:
@@ -236,8 +267,13 @@ def open_model(name: str, tokenizer: str | None = None) -> LoadedModel:
     if path.name.endswith((".safetensors", ".bin", ".index.json")) and path.is_file():
         return open_folder(name, path.parent, tokenizer)
     if path.exists():
+        if not first_bytes(path).startswith(b"PK"):  # a zip file, which torch.save writes
+            raise UserError(
+                f"{name} {other_kind(path) or 'is not a checkpoint'}; a model is a checkpoint, a"
+                " run's log directory, or a folder with config.json and model.safetensors"
+            )
         return open_checkpoint(read_verified(path), path, tokenizer, [])
-    if name in HUB_NAMES:
+    if name.removeprefix("openai-community/") in HUB_NAMES:
         return open_folder(name, None, tokenizer)
     names = ", ".join(HUB_NAMES)
     raise UserError(f"there is no checkpoint or folder {name}; the Hub's names are {names}")

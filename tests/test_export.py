@@ -513,7 +513,7 @@ LARGER = [
 ]
 
 
-@pytest.mark.parametrize("name", ["gpt2", *LARGER])
+@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2", *LARGER])
 def test_weights_from_the_hub_by_name(name, gpt2_folder, tmp_path):
     """A small model under each of OpenAI's names: sampled, and trained on, in its own rows and
     shape."""

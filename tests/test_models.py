@@ -207,6 +207,46 @@ def test_other_folders_are_refused(own_tokenizer, tmp_path):
         load_model(str(tmp_path))
 
 
+def test_keys_that_config_json_lacks_are_named(own_tokenizer, tmp_path):
+    small_gpt2().save_pretrained(tmp_path)
+    copy_tokenizer(own_tokenizer, tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for keys in (["n_positions"], ["vocab_size", "n_head"]):
+        less = {key: value for key, value in config.items() if key not in keys}
+        path.write_text(json.dumps(less))
+        with pytest.raises(UserError) as error:
+            load_model(str(tmp_path))
+        assert str(error.value) == f"{tmp_path}: config.json has no {', '.join(keys)}"
+
+
+FILES = {
+    "model.gguf": (b"GGUF\x03\0\0\0", "is a GGUF file, for llama.cpp"),
+    "tf_model.h5": (b"\x89HDF\r\n\x1a\n", "is an HDF5 file, TensorFlow's or Keras's"),
+    "tokenizer.json": (b'{\n  "version": "1.0"}', "is a JSON file"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
+    "notes": (b"To whom it may concern", "is not a checkpoint"),
+    "nothing": (b"", "is not a checkpoint"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_no_model_is_called_what_it_is(name, tmp_path, capsys):
+    content, said = FILES[name]
+    (tmp_path / name).write_bytes(content)
+    assert sample.main(["Hi", "--model", str(tmp_path / name)]) == 2
+    printed = capsys.readouterr().err
+    assert f"{tmp_path / name} {said}" in printed and "; a model is a checkpoint, " in printed
+
+
+def test_a_folder_cloned_without_git_lfs(own_tokenizer, tmp_path):
+    small_gpt2().save_pretrained(tmp_path)
+    copy_tokenizer(own_tokenizer, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(FILES["pointer"][0])
+    with pytest.raises(UserError, match="model.safetensors is a pointer of Git LFS"):
+        load_model(str(tmp_path))
+
+
 def test_weights_that_would_run_code_are_not_read(own_tokenizer, tmp_path):
     small_gpt2().save_pretrained(tmp_path)
     to_bin(tmp_path)
