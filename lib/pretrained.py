@@ -345,8 +345,8 @@ def choose_tokenizer(own, given, rows: int, name: str) -> Tokenizer:
             f"{name} comes without a tokenizer: if its {rows:,} tokens are GPT-2's, add --tokenizer"
             " gpt2, else --tokenizer with the folder of its tokenizer.json"
         )
-    tokenizer = get_tokenizer(given if own is None else own)
-    if given is not None and get_tokenizer(given).behavior != tokenizer.behavior:
+    tokenizer = get_tokenizer(given if own is None else own).crop(rows)
+    if given is not None and get_tokenizer(given).crop(rows).behavior != tokenizer.behavior:
         raise UserError(
             f"{name} has its own tokenizer ({tokenizer.identity}), which is not {given}"
         )

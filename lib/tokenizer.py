@@ -191,6 +191,11 @@ class Tokenizer:
         """
         raise NotImplementedError
 
+    def crop(self, rows: int) -> "Tokenizer":
+        """The tokenizer for a token table with this number of rows: without special tokens that
+        have none, like a [PAD] that was added and never learned. To a text they are text."""
+        return self
+
     def count_bytes(self, ids: np.ndarray) -> int:
         """The length in UTF-8 of the text of ids (n,), in bytes. Ends of documents have none."""
         raise NotImplementedError
@@ -476,6 +481,24 @@ class JsonTokenizer(Tokenizer):
         documents = [part[part != self.eot_token].tolist() for part in np.split(ids, ends)]
         texts = self.library.decode_batch(documents, skip_special_tokens=False)
         return sum(len(text.encode()) for text in texts)
+
+    def crop(self, rows):
+        whole = json.loads(self.state["tokenizer.json"])
+        added = whole["added_tokens"]
+        beyond = [
+            token
+            for token in added
+            if token["id"] >= rows and token["special"] and token["id"] != self.eot_token
+        ]
+        if not beyond:
+            return self
+        whole["added_tokens"] = [token for token in added if token not in beyond]
+        files = {**self.state, "tokenizer.json": json.dumps(whole, ensure_ascii=False, indent=2)}
+        cropped = tokenizer_from_files(files, "its tokenizer")
+        names = " ".join(token["content"] for token in beyond)
+        note = f"{names} has no row in the token table, and is left out of the tokenizer"
+        cropped.notes = [*cropped.notes, note]
+        return cropped
 
     def files(self, block_size):
         ids = self.library.get_vocab(with_added_tokens=True)

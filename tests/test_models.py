@@ -10,6 +10,7 @@ import torch
 from conftest import flags, write_hellaswag
 from safetensors.torch import load_file, save_file, save_model
 from test_tokenizer import byte_level_bpe, save
+from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import export
@@ -329,6 +330,77 @@ def test_fewer_rows_than_ids_are_refused(own_tokenizer, tmp_path):
     copy_tokenizer(own_tokenizer, tmp_path)
     with pytest.raises(UserError, match=r"has 599 rows in its token table, but its tokenizer \("):
         load_model(str(tmp_path))
+
+
+def padded_folder(tmp_path, rows=600, **token) -> tuple[GPT2LMHeadModel, str]:
+    """A GPT-2 to whose tokenizer a user has added [PAD], as transformers saves the two. Returns the
+    model and the folder."""
+    folder = tmp_path / "padded"
+    model = small_gpt2(rows)
+    model.save_pretrained(folder)
+    save(folder, byte_level_bpe())
+    theirs = AutoTokenizer.from_pretrained(folder)
+    added = AddedToken("[PAD]", **{"special": True} | token)
+    if added.special:
+        theirs.add_special_tokens({"pad_token": added})
+    else:
+        theirs.add_tokens([added])
+    theirs.save_pretrained(folder)
+    return model, str(folder)
+
+
+def test_special_tokens_beyond_the_table_are_left_out(tmp_path, capsys):
+    """A text has [PAD] as text like any other then, also in a prompt."""
+    theirs, folder = padded_folder(tmp_path)
+    loaded = open_model(folder)
+    plain = get_tokenizer(save(tmp_path / "plain", byte_level_bpe()))
+    [note] = loaded.notes
+    assert note == "[PAD] has no row in the token table, and is left out of the tokenizer"
+    assert loaded.tokenizer.behavior == plain.behavior and loaded.tokenizer.n_vocab == 600
+    assert get_tokenizer(loaded.tokenizer.state).behavior == plain.behavior
+    assert loaded.tokenizer.encode_prompt("a[PAD]") == plain.encode("a[PAD]")
+    assert largest_difference(loaded.model, theirs) < 1e-5
+    write_hellaswag(tmp_path / "h.jsonl", 9)
+    out = tmp_path / "out"
+    assert export.main(["--model", folder, "--out", str(out)]) == 0
+    exported = AutoTokenizer.from_pretrained(out)
+    assert len(exported) == AutoModelForCausalLM.from_pretrained(out).config.vocab_size == 600
+    assert exported("a[PAD]")["input_ids"] == plain.encode("a[PAD]")
+    shutil.copy(tmp_path / "plain" / "tokenizer.json", folder)  # the folder before the user came
+    for command, words in (
+        (sample, ["a[PAD]", "--num_samples=1"]),
+        (hellaswag, ["--data", str(tmp_path / "h.jsonl")]),
+    ):
+        outputs = []
+        for model in (folder, str(out)):
+            assert command.main([*words, "--model", model]) == 0
+            outputs.append(capsys.readouterr().out.splitlines()[-1])
+        assert outputs[0] == outputs[1]
+
+
+def test_gpt2s_tokenizer_with_a_pad_token_is_gpt2s(tmp_path):
+    folder = tmp_path / "padded"
+    small_gpt2(50257).save_pretrained(folder)
+    for name, content in get_tokenizer("gpt2").files(64).items():
+        (folder / name).write_bytes(content)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs.add_special_tokens({"pad_token": "[PAD]"})
+    theirs.save_pretrained(folder)
+    loaded = open_model(str(folder), tokenizer="gpt2")
+    assert loaded.tokenizer.name == "gpt2" and "[PAD]" in loaded.notes[0]
+
+
+def test_tokens_that_a_text_can_have_are_refused_beyond_the_table(tmp_path):
+    _, folder = padded_folder(tmp_path, special=False)
+    with pytest.raises(UserError, match=r"has 600 rows .* 601 ids: they don't belong together"):
+        load_model(folder)
+    _, folder = padded_folder(tmp_path, rows=590)
+    with pytest.raises(UserError, match=r"has 590 rows .* 600 ids: they don't belong together"):
+        load_model(folder)
+    _, folder = padded_folder(tmp_path)
+    (tmp_path / "padded" / "tokenizer_config.json").write_text('{"eos_token": "[PAD]"}')
+    with pytest.raises(UserError, match=r"has 600 rows .* 601 ids: they don't belong together"):
+        load_model(folder)
 
 
 def test_a_folder_without_a_tokenizer(own_tokenizer, tmp_path, capsys):
