@@ -38,7 +38,9 @@ OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 # sha256 of OpenAI's encoder.json and vocab.bpe
 GPT2_VOCAB = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 GPT2_MERGES = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")  # beside a tokenizer.json
+# beside a tokenizer.json
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+CHAT_TEMPLATE = "chat_template.jinja"
 # what a tokenizer is stored in where there is no tokenizer.json
 OTHER_FILES = (
     "added_tokens.json",
@@ -73,11 +75,15 @@ def get_tokenizer(tokenizer_spec) -> "Tokenizer":
             f"there is no tokenizer {tokenizer_spec}: give gpt2, bytes, a folder with a"
             " tokenizer.json, or the path of one"
         )
-    files = {"tokenizer.json": read_text(path)}
-    for name in SETTINGS:
-        if path.with_name(name).exists():
-            files[name] = read_text(path.with_name(name))
-    return tokenizer_from_files(files, str(path))
+    return tokenizer_from_files(
+        {"tokenizer.json": read_text(path)} | settings_in(path.parent), str(path)
+    )
+
+
+def settings_in(folder: Path) -> dict[str, str]:
+    """{file name: text} of what says more about the tokenizer of a folder."""
+    paths = [folder / name for name in (*SETTINGS, CHAT_TEMPLATE)]
+    return {path.name: read_text(path) for path in paths if path.exists()}
 
 
 def read_text(path: Path) -> str:
@@ -89,11 +95,11 @@ def read_text(path: Path) -> str:
 
 
 def tokenizer_from_files(files: dict[str, str], place: str) -> "Tokenizer":
-    """The tokenizer of {"tokenizer.json": text}, and the texts of those of SETTINGS that there are.
-    place: what a message calls it."""
+    """The tokenizer of {"tokenizer.json": text} and settings_in its folder. place: what a message
+    calls it."""
     tokenizer = JsonTokenizer(files, place)
     for built_in in BUILT_IN.values():
-        if tokenizer.n_vocab == built_in.n_vocab and tokenizer.behavior == built_in.behavior:
+        if tokenizer.behavior == built_in.behavior and not tokenizer.chat_template:
             return built_in()
     return tokenizer
 
@@ -108,8 +114,9 @@ def tokenizer_without_json(folder: Path) -> "Tokenizer":
         except Exception as error:  # the package raises a bare Exception
             message = f"{folder / 'vocab.json'} is damaged: {one_line_error(error)}"
             raise UserError(message) from None
-        tokenizer = tokenizer_from_files({"tokenizer.json": text}, str(folder))
-        if tokenizer.name == "gpt2":
+        files = {"tokenizer.json": text} | settings_in(folder)
+        tokenizer = tokenizer_from_files(files, str(folder))
+        if tokenizer.behavior == GPT2Tokenizer.behavior:
             return tokenizer
     others = f", only {', '.join(names)}: transformers makes one" if names else ""
     raise UserError(
@@ -131,8 +138,8 @@ class Tokenizer:
     stands before each document. unit: what a token is called. prompt: a text that shows what a
     model learned ("": begin a document). state: plain data, for a checkpoint, from which
     get_tokenizer makes it again. identity: says which files it was made from. behavior: says what
-    it does; equal for equal tokenizers, whatever their files look like. notes: what a user should
-    know of it, for the command to print.
+    it does; equal for equal tokenizers, whatever their files look like. chat_template: how messages
+    become a prompt, in Jinja. notes: what a user should know of it, for the command to print.
     """
 
     name: str
@@ -143,6 +150,7 @@ class Tokenizer:
     state: str | dict[str, str]
     identity: str
     behavior: str
+    chat_template: str | None = None
     notes: list[str] = []
 
     def encode(self, text: str) -> list[int]:
@@ -383,6 +391,7 @@ class JsonTokenizer(Tokenizer):
                 f" 1 to {MOST_TOKENS:,}"
             )
         self.settings = read_settings(files, place)
+        self.chat_template = files.get(CHAT_TEMPLATE, self.settings.get("chat_template"))
         end = self.end_of_text(ids, place)
         self.eot_token = ids[end]
         self.documents_json = hide_names(json.loads(self.library.to_str()), end)
@@ -519,10 +528,13 @@ class JsonTokenizer(Tokenizer):
         before = json.loads(self.json).get("pre_tokenizer") or {}
         if "add_prefix_space" in before:  # transformers takes the word of this file over its own
             settings["add_prefix_space"] = before["add_prefix_space"]
-        return {
+        files = {
             "tokenizer.json": self.json.encode(),
             "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
         }
+        if self.chat_template:
+            files[CHAT_TEMPLATE] = self.chat_template.encode()
+        return files
 
 
 class JsonDecoder:

@@ -13,6 +13,7 @@ from test_tokenizer import byte_level_bpe, save
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import data_generator
 import export
 import hellaswag
 import inside
@@ -420,6 +421,67 @@ def test_a_folder_without_a_tokenizer(own_tokenizer, tmp_path, capsys):
     (tmp_path / "spiece.model").write_bytes(b"")
     assert sample.main(["Hi", *words]) == 2
     assert "only spiece.model: transformers makes one" in capsys.readouterr().err
+
+
+# ---- chat templates ----
+
+TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}Bot:"
+
+
+def chat_folder(kind, place, own_tokenizer, folder):
+    """A folder's tokenizer with a chat template in one of its two places."""
+    if kind == "own":
+        files = {"tokenizer.json": (own_tokenizer / "tokenizer.json").read_bytes()}
+    else:
+        files = get_tokenizer("bytes" if kind == "bytes" else "gpt2").files(64)
+    if kind == "vocab.json and merges.txt":
+        del files["tokenizer.json"]
+    if place == "tokenizer_config.json":
+        settings = json.loads(files.get(place, "{}"))
+        files[place] = json.dumps(settings | {"chat_template": TURNS}).encode()
+    else:
+        files[place] = TURNS.encode()
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def check_same_chat(folder, out):
+    before, after = map(AutoTokenizer.from_pretrained, (folder, out))
+    messages = [{"role": "user", "content": "É?"}]
+    prompt = before.apply_chat_template(messages, tokenize=False)
+    assert prompt == after.apply_chat_template(messages, tokenize=False) == "user: É?\nBot:"
+    assert before(prompt)["input_ids"] == after(prompt)["input_ids"]
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+@pytest.mark.parametrize("kind", ["gpt2", "bytes", "own", "vocab.json and merges.txt"])
+def test_a_chat_template_stays_with_the_tokenizer(kind, place, own_tokenizer, tmp_path):
+    tokenizer = get_tokenizer(chat_folder(kind, place, own_tokenizer, tmp_path / "in"))
+    assert tokenizer.chat_template == get_tokenizer(tokenizer.state).chat_template == TURNS
+    (tmp_path / "out").mkdir()
+    for name, content in tokenizer.files(64).items():
+        (tmp_path / "out" / name).write_bytes(content)
+    check_same_chat(tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "own"])
+def test_a_chat_template_stays_with_the_model(kind, own_tokenizer, tmp_path):
+    """From a folder, over a run on tokens made with it, to the published folder."""
+    folder = chat_folder(kind, "chat_template.jinja", own_tokenizer, tmp_path / "in")
+    small_gpt2({"own": 600, "bytes": 257}[kind]).save_pretrained(folder)
+    (tmp_path / "text.txt").write_text("Hello, I'm a language model.\n" * 400)
+    words = ["--dataset", str(tmp_path / "text.txt"), "--data_dir", str(tmp_path / "data")]
+    words += ["--tokenizer", str(folder), "--shard_size=1000"]
+    assert data_generator.main(words) == 0
+    changes = {"n_layer": None, "n_head": None, "n_embd": None, "max_steps": 2}
+    changes |= {"data_dir": tmp_path / "data", "log_dir": tmp_path / "log", "init_from": folder}
+    assert train.main(flags(**changes)) == 0
+    for model in (folder, tmp_path / "log"):
+        out = tmp_path / f"{model.name}-out"
+        assert export.main(["--model", str(model), "--out", str(out)]) == 0
+        check_same_chat(folder, out)
 
 
 # ---- nanoGPT, PEFT ----
