@@ -5,7 +5,9 @@ python export.py --model log --push_to_hub YOUR_NAME/GPT124M        private; fir
 python export.py --model demo/log/model_checkpoint.pt --out demo/GPT --overwrite
 """
 
+import hashlib
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -15,11 +17,18 @@ from pathlib import Path
 import torch
 
 from GPT_Modules import GPT
-from lib.cli import UserError, command, parse, print_notes
-from lib.files import sync
+from lib.cli import LocalPath, UserError, command, parse, print_notes
+from lib.files import sha256, sync
 from lib.hub import explain
 from lib.log import read_log, read_run
-from lib.pretrained import LoadedModel, crop, open_model, read_folder, write_folder
+from lib.pretrained import (
+    LoadedModel,
+    crop,
+    is_read_by_loaders,
+    open_model,
+    read_folder,
+    write_folder,
+)
 from lib.shards import FINEWEB_EDU, is_on_hub, public_name
 from lib.tokenizer import Tokenizer
 from sample import Sampling, printable, stream_text
@@ -92,10 +101,10 @@ on it for facts.
 @dataclass(frozen=True)
 class ExportConfig:
     # the folder
-    model: str = "log/model_checkpoint.pt"  # a checkpoint, a folder, or gpt2 ... from the Hub
-    tokenizer: str | None = None  # for a model that brings none: gpt2, or a tokenizer.json
-    out: str = "GPT124M"  # folder to write
-    overwrite: bool = False  # replace the folder if it is there
+    model: LocalPath = "log/model_checkpoint.pt"  # a checkpoint, a folder, or gpt2 ... from the Hub
+    tokenizer: LocalPath | None = None  # for a model without one: gpt2, or a tokenizer.json
+    out: LocalPath = "GPT124M"  # folder to write
+    overwrite: bool = False  # replace what export.py wrote into the folder before
     # the Hub
     push_to_hub: str | None = None  # repository to upload to, as YOUR_NAME/GPT124M
     public: bool = False  # create the repository public (default: private)
@@ -234,13 +243,50 @@ def write_export(config: ExportConfig, folder: Path) -> float:
     return difference
 
 
-def is_export(out: Path) -> bool:
-    """May `out` be replaced? A folder that is empty, or has a model and no folders in it."""
-    if not out.is_dir():
-        return False
-    paths = list(out.iterdir())
-    model = {"config.json", "model.safetensors"} <= {path.name for path in paths}
-    return not paths or (model and not any(path.is_dir() for path in paths))
+def split_card(card: bytes) -> tuple[bytes, dict[str, str]]:
+    """(card without its seal, seal). The seal is a comment in which export.py lists the files that
+    it wrote, {name: sha256}, so that it can tell them from anyone else's. The digest of README.md
+    is of the card without the seal."""
+    seal = re.search(rb"\n<!-- written by export\.py, sha256:\n(.*?)-->\n", card, re.DOTALL)
+    if seal is None:
+        return card, {}
+    lines = re.findall(r"(\S+) ([0-9a-f]{64})", seal[1].decode(errors="replace"))
+    return card[: seal.start()] + card[seal.end() :], dict(lines)
+
+
+def seal_card(folder: Path, edited_card: bytes | None) -> None:
+    """Seal the card of a new export. edited_card: the text to keep in its place."""
+    digests = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    lines = "".join(f"{name} {digest}\n" for name, digest in digests.items())
+    card = (folder / "README.md").read_bytes() if edited_card is None else edited_card
+    seal = f"\n<!-- written by export.py, sha256:\n{lines}-->\n"
+    (folder / "README.md").write_bytes(card + seal.encode())
+
+
+def is_as_written(card: bytes) -> bool:
+    """Is this a card of export.py's that nobody has edited?"""
+    text, digests = split_card(card)
+    return digests.get("README.md") == hashlib.sha256(text).hexdigest()
+
+
+def find_edited_card(out: Path) -> bytes | None:
+    """The text of a README.md in an export that somebody has edited; None if nobody has. Raises
+    UserError if the folder has anything else that export.py did not write."""
+    readme = out / "README.md"
+    card = readme.read_bytes() if readme.exists() else b""
+    text, digests = split_card(card)
+    others = [
+        path.name
+        for path in sorted(out.iterdir())
+        if path != readme and (path.is_dir() or sha256(path) != digests.get(path.name))
+    ]
+    if others:
+        raise UserError(
+            f"{out} has files that export.py did not write, or that have changed since:"
+            f" {', '.join(others)}.\nNothing is replaced: move them, or choose another folder with"
+            " --out"
+        )
+    return text if readme.exists() and not is_as_written(card) else None
 
 
 def export(config: ExportConfig) -> None:
@@ -248,21 +294,23 @@ def export(config: ExportConfig) -> None:
     out = Path(config.out).resolve()  # of a link, the folder that it points to
     if not Path(config.out).name:
         raise UserError(f"--out {config.out}: give the folder a name, as in --out GPT124M")
-    if out.exists() and not config.overwrite:
-        raise UserError(
-            f"{config.out} is there already: --overwrite replaces it, --out chooses another folder"
-        )
-    if out.exists() and not is_export(out):
-        raise UserError(
-            f"{config.out} is not an exported model: --overwrite won't replace it, "
-            "--out chooses another folder"
-        )
     temporary = out.with_name(out.name + ".new.tmp")
     old = out.with_name(out.name + ".old.tmp")
+    if old.exists() and not out.exists():  # an earlier process was killed between the two renames
+        old.rename(out)
+    edited_card = None
+    if out.exists():
+        if not config.overwrite:
+            raise UserError(
+                f"{config.out} already exists: --overwrite replaces what export.py wrote there,"
+                " --out chooses another folder"
+            )
+        edited_card = find_edited_card(out)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         difference = write_export(config, temporary)
+        seal_card(temporary, edited_card)
         for path in (*temporary.iterdir(), temporary):
             sync(path)
         if out.exists():
@@ -275,6 +323,8 @@ def export(config: ExportConfig) -> None:
         raise UserError(f"{config.out} can't be written: {error}", code=1) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    if edited_card is not None:
+        print(f"{config.out}/README.md has been edited since export.py wrote it: it is kept")
     print(
         f"{config.out}: read back, logits differ from the checkpoint's by {difference:.2g} at most"
     )
@@ -283,42 +333,79 @@ def export(config: ExportConfig) -> None:
 # ---- the Hub ----
 
 
-def check_identity(repository: str) -> None:
-    """Raise UserError, before any work, for a bad name or for a token that the Hub does not
-    know."""
+def check_repository(repository: str, public: bool) -> None:
+    """Raise UserError, before any work, for a bad name, for a token that the Hub does not know, and
+    if an existing repository is public or private against the user's word."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
 
+    api = HfApi()
     try:
         validate_repo_id(repository)
-        HfApi().whoami()
+        api.whoami()
+        exists = api.repo_exists(repository)
+        is_public = not api.model_info(repository).private if exists else public
     except Exception as error:
         raise explain(error, "--push_to_hub", repository) from None
     if "/" not in repository:
         raise UserError(f"--push_to_hub {repository}: whose? It looks like YOUR_NAME/{repository}")
+    if public and not is_public:
+        raise UserError(
+            f"{repository} exists and is private, and --public only makes new repositories public:"
+            " leave --public out, or change the repository in its settings on the Hub"
+        )
+    if is_public and not public:
+        raise UserError(
+            f"{repository} exists and is public: add --public if the model is to be published there"
+        )
 
 
 def push(out: str, repository: str, public: bool) -> None:
-    """Upload the folder in one commit and print its address."""
-    from huggingface_hub import HfApi
+    """Upload the folder in one commit, and print its address.
 
+    The same commit removes what a loader would read beside the new files, or in place of them.
+    Everything else in the repository is its owner's, and so is a card that export.py did not write.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api = HfApi()
     try:
-        HfApi().create_repo(repository, private=not public, exist_ok=True)
-        commit = HfApi().upload_folder(
-            repo_id=repository, folder_path=out, commit_message="Upload GPT-2"
+        api.create_repo(repository, private=not public, exist_ok=True)
+        before = api.list_repo_files(repository)
+        new = {path.name: path for path in Path(out).iterdir()}
+        if "README.md" in before:
+            card = Path(api.hf_hub_download(repository, "README.md")).read_bytes()
+            if not is_as_written(card):
+                del new["README.md"]
+        removed = [file for file in before if is_read_by_loaders(file) and file not in new]
+        commit = api.create_commit(
+            repository,
+            [
+                *(CommitOperationDelete(file) for file in removed),
+                *(CommitOperationAdd(name, path) for name, path in new.items()),
+            ],
+            commit_message="Upload GPT-2",
         )
     except Exception as error:
         explained = explain(error, "--push_to_hub", repository)
         again = f"{out} is whole: to run the same command again, add --overwrite"
         raise UserError(f"{explained}\n{again}", explained.code) from None
-    print(f"uploaded {len(list(Path(out).iterdir()))} files: {commit.repo_url}")
+    for file in removed:
+        print(f"removed {file}: loaders would read it with the new model, or instead of it")
+    if "README.md" not in new:
+        print(
+            f"the README.md of {repository} is not export.py's and is kept; to replace it:"
+            f" hf upload {repository} {out}/README.md README.md"
+        )
+    kind = "public" if public else "private"
+    print(f"uploaded {len(new)} files to a {kind} repository: {commit.repo_url}")
 
 
 @command
 def main(argv=None) -> int:
     config = parse(ExportConfig, argv, __doc__)
     if config.push_to_hub is not None:
-        check_identity(config.push_to_hub)
+        check_repository(config.push_to_hub, config.public)
     export(config)
     if config.push_to_hub is not None:
         push(config.out, config.push_to_hub, config.public)

@@ -12,6 +12,7 @@ import shutil
 import warnings
 import zipfile
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ import torch
 from GPT_Modules import GPT, GPTConfig
 from lib.checkpoint import newest_checkpoint, read_verified
 from lib.cli import UserError, one_line_error
-from lib.tokenizer import GPT2_TOKENS, Tokenizer, get_tokenizer, has_tokenizer
+from lib.tokenizer import GPT2_TOKENS, TOKENIZER_FILES, Tokenizer, get_tokenizer, has_tokenizer
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
@@ -29,6 +30,21 @@ WEIGHTS = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+)
+
+# What loaders read of a folder, beside a model or instead of it.
+READ_BY_LOADERS = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model*.bin.index.json",
+    "tf_model*.h5",
+    "flax_model*.msgpack",
+    "adapter_*",
+    "additional_chat_templates/*",
+    *TOKENIZER_FILES,
 )
 
 # What other files begin with, and what they are.
@@ -233,6 +249,14 @@ def crop(model: GPT, n_vocab: int) -> GPT:
     table = weights["transformer.wte.weight"]
     load_weights(cropped, weights | {"transformer.wte.weight": table[:n_vocab]})
     return cropped.eval()
+
+
+def is_read_by_loaders(file: str) -> bool:
+    """Would a loader of Hugging Face's formats read this file of a repository as part of it?"""
+    return any(
+        fnmatchcase(file, pattern) and file.count("/") == pattern.count("/")
+        for pattern in READ_BY_LOADERS
+    )
 
 
 # ---- what --model names ----

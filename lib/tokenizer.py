@@ -51,6 +51,7 @@ OTHER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+TOKENIZER_FILES = ("tokenizer.json", *SETTINGS, CHAT_TEMPLATE, *OTHER_FILES)
 
 
 def get_tokenizer(tokenizer_spec) -> "Tokenizer":

@@ -154,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
                 "id": id,
                 "sha": COMMIT,
                 "siblings": files,
-                "private": False,
+                "private": self.hub.private.get(name, False),
                 "tags": [],
                 "downloads": 0,
             },
@@ -220,6 +220,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.hub.repositories[name][item["value"]["path"]] = base64.b64decode(
                     item["value"]["content"]
                 )
+            if item["key"] == "deletedFile":
+                del self.hub.repositories[name][item["value"]["path"]]
             if item["key"] == "lfsFile":
                 self.hub.repositories[name][item["value"]["path"]] = self.hub.large[
                     item["value"]["oid"]

@@ -16,7 +16,8 @@ import torch
 from conftest import ROOT, flags, script, write_shards
 from hub import Hub
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export
 import sample
@@ -178,45 +179,127 @@ def test_all_our_scripts_take_the_folder(bytes_folder, trained, tmp_path, capsys
 # ---- whole or absent, and checked ----
 
 
-def test_a_folder_is_not_overwritten_unasked(
-    gpt2_checkpoint, bytes_folder, trained, tmp_path, capsys
-):
-    shutil.copytree(bytes_folder, tmp_path / "out")
-    words = ["--model", str(trained / "model_checkpoint.pt"), "--out", str(tmp_path / "out")]
-    (tmp_path / "out" / "stale").write_text("")
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """{path below the folder: its bytes, None of a directory}"""
+    paths = sorted(folder.rglob("*"))
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in paths}
+
+
+def test_a_folder_is_not_overwritten_unasked(bytes_folder, trained, tmp_path, capsys):
+    out = shutil.copytree(bytes_folder, tmp_path / "out")
+    before = contents(out)
+    words = ["--model", str(trained / "model_checkpoint.pt"), "--out", str(out)]
     assert export.main(words) == 2
-    assert (
-        "is there already: --overwrite replaces it" in capsys.readouterr().err
-        and (tmp_path / "out" / "stale").exists()
-    )
+    assert "already exists: --overwrite replaces what export.py wrote" in capsys.readouterr().err
     shutil.copytree(bytes_folder, tmp_path / "out.old.tmp")  # of an earlier process that was killed
     shutil.copytree(bytes_folder, tmp_path / "out.old")  # the user's
+    (out / "curve.png").unlink()
     assert export.main([*words, "--overwrite"]) == 0
-    assert not (tmp_path / "out" / "stale").exists() and set(os.listdir(tmp_path)) == {
-        "out",
-        "out.old",
-    }
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter").write_text("years of work")
-    assert export.main([*words[:-1], str(tmp_path / "thesis"), "--overwrite"]) == 2
-    assert (
-        "is not an exported model" in capsys.readouterr().err
-        and (tmp_path / "thesis" / "chapter").exists()
-    )
+    assert contents(out).keys() == before.keys() and set(os.listdir(tmp_path)) == {"out", "out.old"}
 
 
-def test_only_a_folder_of_a_model_is_replaced_and_of_a_link_its_target(trained, tmp_path, capsys):
-    words = ["--model", str(trained), "--overwrite", "--out"]
-    (tmp_path / "clone" / ".git").mkdir(parents=True)
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / "clone" / name).write_text("{}")
-    assert (
-        export.main([*words, str(tmp_path / "clone")]) == 2
-        and (tmp_path / "clone" / ".git").exists()
-    )
-    assert "is not an exported model" in capsys.readouterr().err
+def add_file(folder):
+    (folder / "optimizer.pt").write_bytes(b"hours of work")
+
+
+def add_directory(folder):
+    (folder / ".git").mkdir()
+
+
+def save_other_weights(folder):
+    """By their usual name, as transformers' save_pretrained does."""
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights["transformer.ln_f.weight"] *= 2
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def save_with_transformers(folder):
+    """A folder that export.py has never seen, with the names that it uses."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    shutil.rmtree(folder)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def train_with_transformers(folder):
+    save_with_transformers(folder)
+    torch.save({"learning_rate": 1e-4}, folder / "training_args.bin")
+    (folder / "README.md").write_text("# My model\n")
+
+
+CHANGES = {
+    add_file: "optimizer.pt",
+    add_directory: ".git",
+    save_other_weights: "model.safetensors",
+    save_with_transformers: "config.json, generation_config.json, model.safetensors, tokenizer",
+    train_with_transformers: "training_args.bin",
+}
+
+
+@pytest.mark.parametrize("itself", [False, True], ids=["another model", "onto itself"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_only_what_export_wrote_is_replaced(
+    change, itself, bytes_folder, trained, tmp_path, capsys
+):
+    out = shutil.copytree(bytes_folder, tmp_path / "out")
+    change(out)
+    before = contents(out)
+    capsys.readouterr()
+    words = ["--model", str(out if itself else trained), "--out", str(out), "--overwrite"]
+    assert export.main(words) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {out} has files that export.py did not write, or that have")
+    assert CHANGES[change] in message and contents(out) == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_export_onto_itself_is_the_same(bytes_folder, tmp_path):
+    out = shutil.copytree(bytes_folder, tmp_path / "out")
+    before = (out / "model.safetensors").read_bytes()
+    assert export.main(["--model", str(out), "--out", str(out), "--overwrite"]) == 0
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("seal", ["kept", "deleted"])
+def test_an_edited_card_is_kept(seal, bytes_folder, trained, tmp_path, capsys):
+    """Any number of times, and with bytes that are no text."""
+    out = shutil.copytree(bytes_folder, tmp_path / "out")
+    readme = out / "README.md"
+    card = readme.read_bytes()
+    text, digests = export.split_card(card)
+    assert set(digests) == set(contents(out)) and export.is_as_written(card)
+    edited = text.replace(b"## Limits", b"## Limits\r\nBy me, \xff.")
+    readme.write_bytes(card.replace(text, edited) if seal == "kept" else edited)
+    words = ["--model", str(trained), "--out", str(out), "--overwrite"]
+    if seal == "deleted":
+        before = contents(out)
+        assert export.main(words) == 2 and contents(out) == before
+        return
+    for _ in range(2):
+        assert export.main(words) == 0
+        assert "README.md has been edited since export.py wrote it" in capsys.readouterr().out
+        assert export.split_card(readme.read_bytes())[0] == edited
+    readme.unlink()
+    assert export.main(words) == 2
+    assert "has files that export.py did not write" in capsys.readouterr().err
+
+
+def test_a_process_killed_between_two_renames_loses_nothing(bytes_folder, trained, tmp_path):
+    shutil.copytree(bytes_folder, tmp_path / "out.old.tmp")
+    with open(tmp_path / "out.old.tmp" / "README.md", "ab") as file:
+        file.write(b"By me.")
+    words = ["--model", str(trained), "--out", str(tmp_path / "out")]
+    assert export.main(words) == 2  # it exists
+    assert export.main([*words, "--overwrite"]) == 0
+    assert b"By me." in (tmp_path / "out" / "README.md").read_bytes()
+
+
+def test_of_a_link_its_target_is_replaced(trained, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to("disk")
+    words = ["--model", str(trained), "--overwrite", "--out"]
     for _ in range(2):
         assert export.main([*words, str(tmp_path / "out")]) == 0
     assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "config.json").exists()
