@@ -394,8 +394,8 @@ def push(out: str, repository: str, public: bool) -> None:
         print(f"removed {file}: loaders would read it with the new model, or instead of it")
     if "README.md" not in new:
         print(
-            f"the README.md of {repository} is not export.py's and is kept; to replace it:"
-            f" hf upload {repository} {out}/README.md README.md"
+            f"the README.md of {repository} is not export.py's, or was edited, and is kept; to"
+            f" replace it: hf upload {repository} {out}/README.md README.md"
         )
     kind = "public" if public else "private"
     print(f"uploaded {len(new)} files to a {kind} repository: {commit.repo_url}")

@@ -25,6 +25,7 @@ class Hub:
             repositories or {}
         )  # "gpt2" for a model, "datasets/org/name" for a data set
         self.private, self.requests, self.faults, self.large = {}, [], [], {}
+        self.heads = {}  # the newest commit of those that were written to; COMMIT of the others
         self.server = ThreadingHTTPServer(
             ("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self})
         )
@@ -97,7 +98,7 @@ class Handler(BaseHTTPRequestHandler):
         digest = (hashlib.sha256 if large else hashlib.sha1)(content).hexdigest()
         headers = {
             "ETag": f'"{digest}"',
-            "X-Repo-Commit": COMMIT,
+            "X-Repo-Commit": self.hub.heads.get(name, COMMIT),
             "Accept-Ranges": "bytes",
         }
         wanted = self.headers.get("Range")
@@ -142,7 +143,8 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
 
     def revision(self, name, revision, body):
-        if revision not in ("main", COMMIT):
+        head = self.hub.heads.get(name, COMMIT)
+        if revision not in ("main", head):
             return self.answer(
                 404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"}
             )
@@ -152,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
             200,
             {
                 "id": id,
-                "sha": COMMIT,
+                "sha": head,
                 "siblings": files,
                 "private": self.hub.private.get(name, False),
                 "tags": [],
@@ -226,11 +228,12 @@ class Handler(BaseHTTPRequestHandler):
                 self.hub.repositories[name][item["value"]["path"]] = self.hub.large[
                     item["value"]["oid"]
                 ]
+        head = self.hub.heads[name] = hashlib.sha1(body).hexdigest()
         self.answer(
             200,
             {
-                "commitUrl": f"{self.hub.url}/{name}/commit/{COMMIT}",
-                "commitOid": COMMIT,
+                "commitUrl": f"{self.hub.url}/{name}/commit/{head}",
+                "commitOid": head,
                 "hookOutput": "",
             },
         )

@@ -25,7 +25,7 @@ import train
 from GPT_Modules import GPT, GPTConfig
 from lib.checkpoint import load_checkpoint
 from lib.log import read_log
-from lib.pretrained import crop, load_model, write_folder
+from lib.pretrained import crop, is_read_by_loaders, load_model, write_folder
 from lib.tokenizer import get_tokenizer
 
 FILES = {
@@ -509,7 +509,8 @@ def test_upload_end_to_end(trained, tmp_path):
         order = [
             path for _, path in hub.requests if path.startswith("/api/") and "harness" not in path
         ]
-        assert order[0] == "/api/whoami-v2" and "/api/repos/create" in order[1]
+        exists = "/api/models/someone/GPT-tiny"
+        assert order[:3] == ["/api/whoami-v2", exists, "/api/repos/create"]
         everything = (
             done.stdout
             + done.stderr
@@ -568,6 +569,130 @@ def test_what_goes_wrong_with_the_hub_is_one_message(case, message, trained, tmp
     else:
         assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("*.tmp"))
+
+
+OWNERS = {  # what an owner has beside a model: never touched
+    ".gitattributes": b"*.safetensors filter=lfs\n",
+    "LICENSE": b"mine",
+    "results/hellaswag.json": b"{}",
+    "runs/model.safetensors": b"of an earlier run",
+    "training_args.bin": b"",
+    "GPT.gguf": b"GGUF",
+}
+EARLIER = {  # of an earlier model in the same repository, which a loader would read
+    "added_tokens.json": b'{"<|user|>": 257, "<|bot|>": 258}',
+    "adapter_config.json": b'{"peft_type": "LORA", "base_model_name_or_path": "gpt2"}',
+    "adapter_model.safetensors": b"",
+    "chat_template.jinja": b"",
+    "additional_chat_templates/tool.jinja": b"",
+    "model-00001-of-00002.safetensors": b"",
+    "model.safetensors.index.json": b"{}",
+    "pytorch_model.bin": b"",
+    "pytorch_model.bin.index.json": b"{}",
+    "tokenizer.model": b"",
+    "tf_model.h5": b"",
+}
+
+
+@pytest.fixture
+def push_again(trained, tmp_path):
+    """A function that pushes the model of `trained` to someone/GPT on a Hub."""
+
+    def run(hub, *words):
+        words = ("--push_to_hub=someone/GPT", "--overwrite", *words)
+        model = trained / "model_checkpoint.pt"
+        home = str(tmp_path / "home")
+        return push(hub, "hf_goodtoken", tmp_path / "out", model, *words, HF_HOME=home)
+
+    return run
+
+
+def load_from(hub, home):
+    """Tokens and logits of someone/GPT, by transformers, and what peft lays over it."""
+    program = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("someone/GPT")
+model = AutoModelForCausalLM.from_pretrained("someone/GPT")
+idx = tokenizer("<|user|>Return", return_tensors="pt")["input_ids"]
+print(len(tokenizer), tokenizer.chat_template, model(idx).logits.shape[-1], idx.shape[1])
+"""
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    return done.stdout.strip() or done.stderr
+
+
+def test_an_upload_leaves_no_mixture_and_the_owners_files(push_again, tmp_path):
+    with Hub({"someone/GPT": OWNERS | EARLIER}) as hub:
+        hub.private["someone/GPT"] = True
+        done = push_again(hub)
+        assert done.returncode == 0, done.stderr
+        new = contents(tmp_path / "out")
+        assert hub.repositories["someone/GPT"] == OWNERS | new
+        assert len([path for _, path in hub.requests if "/commit/" in path]) == 1
+        removed = re.findall(r"removed (\S+): loaders would read it", done.stdout)
+        assert set(removed) == set(EARLIER)
+        assert load_from(hub, tmp_path / "home") == "257 None 257 14"
+        done = push_again(hub)  # once more: nothing to remove
+        assert done.returncode == 0 and "removed" not in done.stdout
+        assert hub.repositories["someone/GPT"] == OWNERS | new
+
+
+def test_what_transformers_reads_is_known():
+    """Its own names of files: each that could be left by another model."""
+    from transformers import GPT2Tokenizer, PreTrainedTokenizerFast, utils
+    from transformers import tokenization_utils_base as base
+
+    names = {
+        *(getattr(utils, name) for name in dir(utils) if re.search("WEIGHTS(_INDEX)?_NAME$", name)),
+        *(getattr(base, name) for name in dir(base) if re.search("_FILE$", name)),
+        *(
+            name
+            for c in (GPT2Tokenizer, PreTrainedTokenizerFast)
+            for name in c.vocab_files_names.values()
+        ),
+        *(utils.CONFIG_NAME, utils.GENERATION_CONFIG_NAME, utils.ADAPTER_CONFIG_NAME),
+        f"{utils.CHAT_TEMPLATE_DIR}/tool.jinja",
+        "model-00001-of-00002.safetensors",
+        "pytorch_model-00001-of-00002.bin",
+    }
+    names = {name for name in names if isinstance(name, str)}
+    assert len(names) > 15 and all(map(is_read_by_loaders, names)), names
+    assert not any(map(is_read_by_loaders, OWNERS))
+
+
+OWNERS_CARD = b"---\nlicense: apache-2.0\n---\n\n# Ours\n"
+
+
+def test_an_owners_card_is_kept_and_exports_own_replaced(push_again, tmp_path):
+    with Hub({"someone/GPT": {"README.md": OWNERS_CARD}}) as hub:
+        hub.private["someone/GPT"] = True
+        repository = hub.repositories["someone/GPT"]
+        done = push_again(hub)
+        assert done.returncode == 0 and repository["README.md"] == OWNERS_CARD
+        said = "the README.md of someone/GPT is not export.py's, or was edited, and is kept"
+        assert said in done.stdout
+        old = repository["README.md"] = (tmp_path / "out" / "README.md").read_bytes()
+        with open(tmp_path / "out" / "README.md", "ab") as file:
+            file.write(b"By me.\n")
+        done = push_again(hub)  # in the repository it is export.py's, here the user's
+        assert done.returncode == 0 and said not in done.stdout
+        assert repository["README.md"] != old and b"By me." in repository["README.md"]
+        done = push_again(hub)
+        assert done.returncode == 0 and said in done.stdout
+
+
+@pytest.mark.parametrize("is_private", [True, False])
+def test_nothing_is_published_by_accident(is_private, push_again, tmp_path):
+    with Hub({"someone/GPT": {}}) as hub:
+        hub.private["someone/GPT"] = is_private
+        done = push_again(hub, *(["--public"] if is_private else []))
+        kind = "private" if is_private else "public"
+        assert done.returncode == 2 and f"someone/GPT exists and is {kind}" in done.stderr
+        assert hub.repositories == {"someone/GPT": {}} and not (tmp_path / "out").exists()
+        done = push_again(hub, *([] if is_private else ["--public"]))
+        assert done.returncode == 0 and f"to a {kind} repository" in done.stdout
+        assert hub.private["someone/GPT"] is is_private and hub.repositories["someone/GPT"]
 
 
 def test_the_plain_upload_folder_works_too(bytes_folder):
