@@ -46,6 +46,15 @@ def test_the_loss_of_a_run_is_what_the_run_has_logged(ranks, data_dir, trained):
     assert contents(trained) == before and not Path("none").exists()
 
 
+def test_a_run_is_measured_in_its_own_precision(data_dir, tmp_path, capsys):
+    common = {"data_dir": data_dir, "max_steps": 2, "log_dir": tmp_path / "log"}
+    assert train.main(flags(**common, dtype="bfloat16")) == 0
+    capsys.readouterr()
+    for dtype, precision in (("auto", "bfloat16"), ("float32", "float32")):
+        assert train.main([*flags(**common, dtype=dtype), "--eval_only"]) == 0
+        assert f", {precision}:" in capsys.readouterr().out
+
+
 def test_log_dirs_model_is_the_default_and_nothing_is_locked(data_dir, trained, capsys):
     from lib.files import only_writer
 

@@ -541,5 +541,5 @@ def test_a_model_whose_logits_overflow_says_so(tmp_path, capsys):
     state = {"model": model.state_dict(), "config": model.config, "tokenizer": "bytes"}
     torch.save(state, tmp_path / "model.pt")
     assert sample.main(["x", "--model", str(tmp_path / "model.pt")]) == 1
-    said = "model.pt: transformer.wte.weight has numbers that are not finite"
+    said = "model.pt: weight transformer.wte.weight has numbers that are not finite"
     assert said in capsys.readouterr().err

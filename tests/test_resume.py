@@ -112,7 +112,7 @@ def test_a_linear_schedule_loses_nothing_when_it_is_extended(data_dir, tmp_path,
         path.unlink()  # the state before the decay
     assert train.main(flags(log_dir=tmp_path / "log", max_steps=12, **common)) == 0
     assert_same_weights(tmp_path / "log", tmp_path / "long")
-    assert "max_steps was 8: from here the decay ends at 12" in capsys.readouterr().out
+    assert "max_steps was 8: the decay now ends at 12" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_finished_run_says_so_and_can_be_extended(data_dir, trained, tmp_path,
     )
     assert "saved" not in printed and comparable_log(tmp_path / "log") == before
     assert train.main([*again, "--max_steps=10"]) == 0
-    assert "from here the cosine ends at 10" in capsys.readouterr().out
+    assert "the cosine now ends at 10" in capsys.readouterr().out
     steps = [int(line.split()[0]) for line in comparable_log(tmp_path / "log") if " train " in line]
     assert steps == list(range(10))
 
