@@ -22,6 +22,7 @@ from lib.files import sha256, sync
 from lib.hub import explain
 from lib.log import read_log, read_run
 from lib.pretrained import (
+    HUB_NAMES,
     LoadedModel,
     crop,
     is_read_by_loaders,
@@ -45,7 +46,8 @@ CARD = """\
 
 A GPT-2 of {{ "{:,}".format(parameters) }} parameters: {{ model.n_layer }} layers, \
 {{ model.n_head }} heads, {{ model.n_embd }} channels, {{ model.vocab_size }} tokens in the \
-vocabulary, {{ model.block_size }} of context. Made with GPT124M.
+vocabulary, {{ model.block_size }} of context. \
+{% if train %}Trained{% else %}Exported{% endif %} with GPT124M.
 {% if curve %}
 ![Loss over the run](curve.png)
 {% endif %}
@@ -64,12 +66,15 @@ print(generator({{ prompt }}, max_new_tokens={{ length }})[0]["generated_text"])
 |---|---|
 | data | {{ source }}: {{ "{:,}".format(step * train.total_batch_size) }} tokens seen, \
 {{ "{:,}".format(data.tokens) }} in the data set |
-| first weights | {{ first_weights }} |
+| first weights | {% if first_weights == "scratch" %}random: trained from scratch{% else %}\
+{{ first_weights }}{% endif %} |
 | steps | {{ "{:,}".format(step) }} of {{ "{:,}".format(train.total_batch_size) }} tokens, \
 sequences of {{ train.seq_len }} |
 | learning rate | {{ "%g" % train.max_lr }} after {{ train.warmup_steps }} steps of warm-up, \
 {% if train.schedule == "linear" %}constant, linear in the last \
-{{ "{:,}".format(train.decay_steps or train.max_steps // 2) }} steps{% else %}cosine{% endif %} \
+{{ "{:,}".format(train.decay_steps or
+[train.max_steps // 2, train.max_steps - train.warmup_steps]|min) }} steps\
+{% else %}cosine{% endif %} \
 to {{ "%g" % train.min_lr }} at step {{ "{:,}".format(train.max_steps) }} |
 | optimizer | {% if train.optimizer == "muon" %}\
 Muon for the matrices of the blocks, else {% endif %}\
@@ -78,9 +83,10 @@ gradients clipped at {{ "%g" % train.grad_clip }} |
 {% if run %}| hardware | {{ run.hardware }}, {{ run.precision }} |
 {% endif %}{% if loss %}| validation loss | {{ "%.4f" % loss.value }} nats per {{ unit }}\
 {{ loss.when(step) }} |
+{% endif %}{% if bits %}| bits per byte of text | {{ "%.4f" % bits }}{{ loss.when(step) }} |
 {% endif %}{% if hellaswag %}| HellaSwag | \
-acc_norm {{ "%.4f" % hellaswag.value }} (completion style)\
-{{ hellaswag.when(step) }} |
+acc_norm {{ "%.4f" % hellaswag.value }} (completion style\
+{% if hellaswag_file %}, examples of {{ hellaswag_file }}{% endif %}){{ hellaswag.when(step) }} |
 {% endif %}{% endif %}
 ## Samples
 
@@ -92,9 +98,9 @@ Temperature 1, the 50 likeliest tokens, not selected:
 {% endfor %}
 ## Limits
 
-A small base model: it continues text, and does not follow instructions. It repeats what its \
-training text holds, errors and prejudices included, and states false things fluently. Don't rely \
-on it for facts.
+{% if train %}A base model: it continues text, and does not follow instructions. {% endif %}\
+A small model repeats what its training text holds, errors and prejudices included, and states \
+false things fluently. Don't rely on it for facts.
 """
 
 
@@ -102,9 +108,10 @@ on it for facts.
 class ExportConfig:
     # the folder
     model: LocalPath = "log/model_checkpoint.pt"  # a checkpoint, a folder, or gpt2 ... from the Hub
-    tokenizer: LocalPath | None = None  # for a model without one: gpt2, or a tokenizer.json
+    tokenizer: LocalPath | None = None  # gpt2, bytes, or a tokenizer.json, for a model without one
     out: LocalPath = "GPT124M"  # folder to write
     overwrite: bool = False  # replace what export.py wrote into the folder before
+    license: str | None = None  # of the weights, for the model card, as in mit (default: none)
     # the Hub
     push_to_hub: str | None = None  # repository to upload to, as YOUR_NAME/GPT124M
     public: bool = False  # create the repository public (default: private)
@@ -126,7 +133,7 @@ class Measured:
 
 
 def last_measured(points: list[tuple[int, float]], step: int) -> Measured | None:
-    """The last of the (step, value) that does not lie beyond `step`."""
+    """The last of the (step, value) at or before `step`."""
     known = [Measured(round(value, 4), at) for at, value in points if at <= step]
     return known[-1] if known else None
 
@@ -140,11 +147,31 @@ def example(tokenizer: Tokenizer, block_size: int) -> tuple[str, int]:
     return json.dumps(tokenizer.prompt), min(50, room)
 
 
-def model_card(name: str, model: GPT, loaded: LoadedModel) -> str:
-    """README.md of the folder, from what the checkpoint and its log say; what was not measured is
-    left out. model: the one that is published."""
+def origin(name: str) -> dict[str, str | list[str] | None]:
+    """{"language", "base_model"} of the weights that a model was made from, as far as they are
+    known: of OpenAI's, and of a folder whose own card names them. name: --model or --init_from."""
+    from huggingface_hub import metadata_load
+
+    hub_name = name.removeprefix("openai-community/")
+    if hub_name in HUB_NAMES:
+        return {"language": "en", "base_model": f"openai-community/{hub_name}"}
+    try:
+        card = metadata_load(Path(name) / "README.md") or {}
+    except Exception:  # no card, or none with YAML
+        card = {}
+    base = card.get("base_model")
+    names = [base] if isinstance(base, str) else base or []
+    if not all(re.fullmatch(r"[\w.-]+/[\w.-]+", name) for name in names):
+        base = None  # perhaps a path on its owner's machine
+    return {"language": card.get("language"), "base_model": base}
+
+
+def model_card(config: ExportConfig, model: GPT, loaded: LoadedModel) -> str:
+    """README.md of the folder, from what the checkpoint and its log say; what was not measured, or
+    is not known, is left out. model: the one that is published."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+    name = config.push_to_hub or Path(config.out).resolve().name
     tokenizer = loaded.tokenizer
     step = loaded.checkpoint.get("step")
     data = loaded.checkpoint.get("data", {})
@@ -154,6 +181,8 @@ def model_card(name: str, model: GPT, loaded: LoadedModel) -> str:
     log = read_log(log_dir) if run else {}
     loss = last_measured(log.get("val", []), step)
     hellaswag = last_measured(log.get("hella", []), step)
+    # None: all of the validation set, from the Hub
+    hellaswag_file = train.get("hellaswag_data") and Path(train["hellaswag_data"]).name
 
     dataset = data["dataset"] if is_on_hub(data) else None
     names = {"pydoc": f"the documentation of Python {data.get('revision')}", None: "unnamed shards"}
@@ -163,12 +192,15 @@ def model_card(name: str, model: GPT, loaded: LoadedModel) -> str:
     if loss:
         where = (dataset or "validation", f"{source}, validation shard", "loss", loss.value)
         results.append(EvalResult(task, *where, metric_name=f"loss (nats per {tokenizer.unit})"))
-    if hellaswag:
+    if hellaswag and not hellaswag_file:
         where = ("Rowan/hellaswag", "HellaSwag (completion style)", "acc_norm", hellaswag.value)
         results.append(EvalResult(task, *where, metric_name="acc_norm"))
+    made_from = origin(train.get("init_from", config.model))
+    language = "en" if data.get("dataset") in (FINEWEB_EDU, "pydoc") else None
     header = ModelCardData(
-        language="en" if data.get("dataset") in (FINEWEB_EDU, "pydoc") else None,
-        license="mit",
+        language=made_from["language"] or language,
+        base_model=made_from["base_model"],
+        license=config.license,
         library_name="transformers",
         pipeline_tag=task,
         tags=["gpt2", task],
@@ -198,7 +230,9 @@ def model_card(name: str, model: GPT, loaded: LoadedModel) -> str:
         run=run,
         loss=loss,
         unit=tokenizer.unit,
+        bits=run.bits_per_byte(loss.value) if loss else None,
         hellaswag=hellaswag,
+        hellaswag_file=hellaswag_file,
         curve=log_dir is not None and (log_dir / "curve.png").exists(),
         samples=samples,
     )
@@ -206,7 +240,7 @@ def model_card(name: str, model: GPT, loaded: LoadedModel) -> str:
 
 
 def log_directory(loaded: LoadedModel) -> Path | None:
-    """Where the log of a model's run lies: beside its checkpoint. None for a model of elsewhere."""
+    """Directory of a run's log, which is its checkpoint's; None for a model from elsewhere."""
     return loaded.path.resolve().parent if "train_config" in loaded.checkpoint else None
 
 
@@ -220,8 +254,7 @@ def write_export(config: ExportConfig, folder: Path) -> float:
     print_notes(loaded.notes)
     tokenizer = loaded.tokenizer
     exported = crop(loaded.model, tokenizer.n_vocab)
-    name = config.push_to_hub or Path(config.out).resolve().name
-    card = model_card(name, exported, loaded)
+    card = model_card(config, exported, loaded)
     write_folder(exported, tokenizer, folder)
     (folder / "README.md").write_bytes(card.encode())
     log_dir = log_directory(loaded)
@@ -324,7 +357,9 @@ def export(config: ExportConfig) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if edited_card is not None:
-        print(f"{config.out}/README.md has been edited since export.py wrote it: it is kept")
+        print(f"{config.out}/README.md has been edited since export.py wrote it, and is kept")
+    elif config.license is None:
+        print("the model card names no licence: --license NAME adds one")
     print(
         f"{config.out}: read back, logits differ from the checkpoint's by {difference:.2g} at most"
     )

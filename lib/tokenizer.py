@@ -136,7 +136,7 @@ class Tokenizer:
     """What every tokenizer has.
 
     name: "gpt2", "bytes" or "tokenizer.json". n_vocab: the number of ids. eot_token: the id that
-    stands before each document. unit: what a token is called. prompt: a text that shows what a
+    begins each document. unit: what a token is called. prompt: a text that shows what a
     model learned ("": begin a document). state: plain data, for a checkpoint, from which
     get_tokenizer makes it again. identity: says which files it was made from. behavior: says what
     it does; equal for equal tokenizers, whatever their files look like. chat_template: how messages
@@ -521,6 +521,7 @@ class JsonTokenizer(Tokenizer):
         settings = roles | {
             "eos_token": end,
             "bos_token": roles.get("bos_token", end),
+            "pad_token": roles.get("pad_token", end),  # for batches of prompts
             "model_max_length": block_size,
             "clean_up_tokenization_spaces": False,
             # the class that takes tokenizer.json as it is; others build their own from its words
@@ -671,8 +672,8 @@ class BatchEncoder:
         return arrays
 
     def memory_of_words(self) -> int:
-        """The memory that gigatoken has taken for words, in bytes: by what the process has grown.
-        On macOS, which doesn't say it, what words would take that are nearly all new."""
+        """Bytes that gigatoken's words take: by how much the process has grown. macOS doesn't say
+        that; there, what they would take if nearly all words were new."""
         if STATM.exists():
             return memory_in_use() - self.memory_before
         return 3 * self.characters
@@ -743,7 +744,9 @@ def published_files(model_files: dict[str, bytes], block_size: int) -> dict[str,
 
     model_files: its vocab.json and merges.txt.
     """
-    roles = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
+    # a pad token is for batches of prompts
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    roles = dict.fromkeys(names, END_OF_TEXT)
     settings = {
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,

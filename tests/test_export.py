@@ -3,6 +3,7 @@ by a local Hub."""
 
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -17,14 +18,14 @@ from conftest import ROOT, flags, script, write_shards
 from hub import Hub
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import export
 import sample
 import train
 from GPT_Modules import GPT, GPTConfig
 from lib.checkpoint import load_checkpoint
-from lib.log import read_log
+from lib.log import read_log, read_run
 from lib.pretrained import crop, is_read_by_loaders, load_model, write_folder
 from lib.tokenizer import get_tokenizer
 
@@ -354,7 +355,7 @@ def test_the_card_says_what_was_measured(bytes_folder, gpt2_folder):
     card = ModelCard.load(bytes_folder / "README.md")
     assert sample.printable("a\0b\n") == "a\ufffdb\n" and "\0" not in card.content
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
-    assert card.data.license == "mit" and card.data.datasets is None
+    assert card.data.license is None and card.data.datasets is None
     assert card.data.language is None  # of random bytes nobody knows it
     losses = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert (
@@ -414,6 +415,98 @@ def test_the_card_dates_a_loss_that_is_older_than_its_weights(data_dir, tmp_path
         assert export.main(["--model", str(model), "--out", str(out)]) == 0
         line = f"| validation loss | {losses[at]:.4f} nats per byte{when}"
         assert line in (out / "README.md").read_text()
+
+
+def card_data(folder):
+    from huggingface_hub import ModelCard
+
+    return ModelCard.load(folder / "README.md").data
+
+
+def test_the_card_has_the_licence_that_is_given_and_no_other(bytes_folder, trained, tmp_path):
+    assert card_data(bytes_folder).license is None
+    assert (
+        "| first weights | random: trained from scratch |"
+        in (bytes_folder / "README.md").read_text()
+    )
+    out = tmp_path / "out"
+    words = ["--model", str(trained), "--out", str(out)]
+    assert export.main([*words, "--license=apache-2.0"]) == 0
+    assert card_data(out).license == "apache-2.0"
+    assert export.main(["--model", str(out), "--out", str(tmp_path / "again")]) == 0
+    assert card_data(tmp_path / "again").license is None
+
+
+@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
+def test_the_card_names_openais_model(name, gpt2_folder, tmp_path):
+    """As a run's first weights, and as the model itself."""
+    files = {p: (gpt2_folder / p).read_bytes() for p in ("config.json", "model.safetensors")}
+    write_shards(tmp_path / "data", {"val": [600], "train": [2000]}, n_vocab=50257, manifest=False)
+    with Hub({name: files}) as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+        environment["HF_HOME"] = str(tmp_path / "hf")
+        shape = {"n_layer": None, "n_head": None, "n_embd": None, "init_from": name}
+        words = flags(data_dir=tmp_path / "data", log_dir=tmp_path / "log", max_steps=2, **shape)
+        assert script("train.py", *words, env=environment, cwd=tmp_path).returncode == 0
+        for model in (name, "log"):
+            out = f"out-of-{Path(model).name}"
+            words = ("--model", model, "--out", out)
+            done = script("export.py", *words, env=environment, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+            data = card_data(tmp_path / out)
+            assert (data.language, data.base_model) == ("en", "openai-community/gpt2")
+            assert data.license is None
+
+
+@pytest.mark.parametrize(
+    "yaml, language, base_model",
+    [
+        ("language: de\nbase_model: dbmdz/german-gpt2\nlicense: mit", "de", "dbmdz/german-gpt2"),
+        ("language: [de, nl]\nbase_model: [a/b, c/d]", ["de", "nl"], ["a/b", "c/d"]),
+        ("base_model: /home/me/private", None, None),
+        ("base_model: GPT124M", None, None),
+        ("language: [", None, None),
+    ],
+)
+def test_the_card_of_a_folder_says_what_its_own_card_says(
+    yaml, language, base_model, bytes_folder, tmp_path
+):
+    folder = shutil.copytree(bytes_folder, tmp_path / "folder")
+    (folder / "README.md").write_text(f"---\n{yaml}\n---\n")
+    assert export.main(["--model", str(folder), "--out", str(tmp_path / "out")]) == 0
+    data = card_data(tmp_path / "out")
+    assert (data.language, data.base_model, data.license) == (language, base_model, None)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "private" not in card and "base model" not in card.partition("## Limits")[2]
+
+
+def test_the_card_claims_hellaswag_only_for_all_of_it(data_dir, tmp_path):
+    """The Hub's validation set is only ever taken whole."""
+    from conftest import write_hellaswag
+
+    write_hellaswag(tmp_path / "h.jsonl", 20)
+    changes = {"hellaswag_every": 8, "hellaswag_data": tmp_path / "h.jsonl"}
+    assert train.main(flags(data_dir=data_dir, log_dir=tmp_path / "log", **changes)) == 0
+    path = tmp_path / "log" / "model_00008.pt"
+    words = ["--model", str(path), "--overwrite", "--out", str(tmp_path / "out")]
+    assert export.main(words) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Rowan/hellaswag" not in card and "(completion style, examples of h.jsonl)" in card
+    state = load_checkpoint(path)
+    state["train_config"] |= {"hellaswag_data": None}
+    torch.save(state, path)
+    assert export.main(words) == 0
+    results = card_data(tmp_path / "out").eval_results
+    assert [r.dataset_type for r in results if r.metric_type == "acc_norm"] == ["Rowan/hellaswag"]
+
+
+def test_the_card_has_bits_per_byte(bytes_folder, trained):
+    """A byte is a token here, but for the ends of documents."""
+    card = (bytes_folder / "README.md").read_text()
+    [loss] = re.findall(r"\| validation loss \| ([\d.]+) nats per byte \|", card)
+    [bits] = re.findall(r"\| bits per byte of text \| ([\d.]+) \|", card)
+    assert 1 < float(bits) / (float(loss) / math.log(2)) < 1.1
+    assert f"{read_run(trained).bits_per_byte(float(loss)):.4f}" == bits
 
 
 @pytest.mark.parametrize("block_size", [4, 16, 32, 64])
@@ -754,10 +847,27 @@ def test_weights_from_the_hub_by_name(name, gpt2_folder, tmp_path):
 # ---- accepted by the world ----
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "bytes", "own"])
+def test_a_pipeline_takes_several_prompts_at_once(kind, gpt2_folder, bytes_folder, tmp_path):
+    """Each continued as it is alone."""
+    from test_tokenizer import byte_level_bpe, save
+
+    if kind == "own":
+        shape = GPTConfig(block_size=32, vocab_size=600, n_layer=1, n_head=1, n_embd=8)
+        tokenizer = get_tokenizer(save(tmp_path / "own", byte_level_bpe()))
+        write_folder(GPT(shape), tokenizer, tmp_path / "own")
+    folder = {"gpt2": gpt2_folder, "bytes": bytes_folder, "own": tmp_path / "own"}[kind]
+    generator = pipeline("text-generation", model=str(folder))
+    assert generator.tokenizer.pad_token == generator.tokenizer.eos_token == "<|endoftext|>"
+    prompts = ["a", "the cat s", "I", "we"]
+    words = {"max_new_tokens": 5, "do_sample": False, "batch_size": 2}
+    together = [texts[0]["generated_text"] for texts in generator(prompts, **words)]
+    alone = [generator(prompt, **words)[0]["generated_text"] for prompt in prompts]
+    assert together == alone
+
+
 @pytest.mark.slow
 def test_transformers_pipeline_batches_and_bf16(gpt2_folder):
-    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-
     generator = pipeline("text-generation", model=str(gpt2_folder))
     assert generator("Hello, I'm", max_new_tokens=5)[0]["generated_text"].startswith("Hello, I'm")
     tokenizer = AutoTokenizer.from_pretrained(gpt2_folder, padding_side="left")
