@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from GPT_Modules import GPT
-from lib.cli import PositiveInt, UserError, command, one_line_error, parse, print_notes
+from lib.cli import LocalPath, PositiveInt, UserError, command, one_line_error, parse, print_notes
 from lib.device import changing_shapes, choose_device
 from lib.pretrained import open_model
 from lib.tokenizer import Tokenizer
@@ -44,9 +44,9 @@ GPT2 = {"completion": (0.2859, 0.2955), "harness": (0.2892, 0.3114)}
 @dataclass(frozen=True)
 class HellaSwagConfig:
     # what to score
-    model: str = "log/model_checkpoint.pt"  # a checkpoint, a model's folder, or gpt2 ... of the Hub
-    tokenizer: str | None = None  # for a model that brings none: gpt2, or a tokenizer.json
-    data: str | None = None  # .jsonl file in HellaSwag's own format (default: from the Hub)
+    model: LocalPath = "log/model_checkpoint.pt"  # a checkpoint, a folder, or gpt2 ... from the Hub
+    tokenizer: LocalPath | None = None  # gpt2, bytes, or a tokenizer.json, for a model without one
+    data: LocalPath | None = None  # .jsonl file in HellaSwag's own format (default: from the Hub)
     limit: PositiveInt | None = None  # score only the first N examples
     # how
     style: Literal["completion", "harness"] = "completion"  # by tokens, or as the harness does it

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from GPT_Modules import GPT
-from lib.cli import PositiveInt, UserError, command, parse, print_notes
+from lib.cli import LocalPath, PositiveInt, UserError, command, parse, print_notes
 from lib.device import changing_shapes, choose_device
 from lib.pretrained import open_model
 from lib.tokenizer import Tokenizer
@@ -24,16 +24,16 @@ from lib.tokenizer import Tokenizer
 class SampleConfig:
     # the prompt
     prompt: str = ""  # text to continue; - reads standard input; without one a document begins
-    prompt_file: str | None = None  # file with the text to continue
+    prompt_file: LocalPath | None = None  # file with the text to continue
     # the model
-    model: str = "log/model_checkpoint.pt"  # a checkpoint, a folder, or gpt2 ... from the Hub
-    tokenizer: str | None = None  # for a model that brings none: gpt2, or a tokenizer.json
+    model: LocalPath = "log/model_checkpoint.pt"  # a checkpoint, a folder, or gpt2 ... from the Hub
+    tokenizer: LocalPath | None = None  # gpt2, bytes, or a tokenizer.json, for a model without one
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to compute
     # the text
     num_samples: PositiveInt = 4  # texts to write
     max_new_tokens: PositiveInt = 64  # length of a text in tokens, unless the document ends before
     temperature: float = 1.0  # below 1 more predictable, 0 always the likeliest token
-    top_k: int = 50  # choose among the so many likeliest tokens; 0: among all
+    top_k: int = 50  # choose among this many of the likeliest tokens; 0: among all
     seed: int = 42  # the same seed gives the same text
 
 

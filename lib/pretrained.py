@@ -359,7 +359,7 @@ def open_folder(name: str, folder: Path | None, tokenizer: str | None) -> Loaded
 
 
 def choose_tokenizer(own, given, rows: int, name: str) -> Tokenizer:
-    """The tokenizer of a model whose token table has so many rows.
+    """The tokenizer of a model. rows: those of its token table.
 
     own: tokenizer_spec of the model's own tokenizer; given: of the one that the user names; None
     where there is none.

@@ -26,9 +26,11 @@ from conftest import (
     torchrun,
     torchrun_command,
     wait_for,
+    write_hellaswag,
     write_shards,
 )
 
+import hellaswag
 import metrics
 import sample
 import train
@@ -374,6 +376,10 @@ def test_a_tilde_is_the_home_directory(data_dir, trained, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert train.main(flags(data_dir=data_dir, log_dir="~/log")) == 0
     assert_same_weights(tmp_path / "log", trained)
+    (tmp_path / "prompt.txt").write_text("x")
+    assert sample.main(["--prompt_file=~/prompt.txt", "--model=~/log", "--num_samples=1"]) == 0
+    write_hellaswag(tmp_path / "h.jsonl", 2)
+    assert hellaswag.main(["--model=~/log", "--data=~/h.jsonl"]) == 0
 
 
 def test_shards_of_the_same_names_and_sizes_are_other_data(data_dir, trained, tmp_path, capsys):
