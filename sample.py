@@ -3,6 +3,7 @@
 python sample.py "Hello, I'm a language model," --model log/model_checkpoint.pt
 python sample.py --model gpt2 --prompt_file prompt.txt --num_samples 1 --temperature 0.8
 echo "def main():" | python sample.py - --model demo/log/model_checkpoint.pt
+python sample.py --chat "What is the capital of France?" --model GPT124M-sft
 """
 
 import sys
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from GPT_Modules import GPT
-from lib.cli import LocalPath, PositiveInt, UserError, command, parse, print_notes
+from lib.cli import LocalPath, PositiveInt, UserError, command, one_line_error, parse, print_notes
 from lib.device import changing_shapes, choose_device
 from lib.pretrained import open_model
 from lib.tokenizer import Tokenizer
@@ -25,6 +28,7 @@ class SampleConfig:
     # the prompt
     prompt: str = ""  # text to continue; - reads standard input; without one a document begins
     prompt_file: LocalPath | None = None  # file with the text to continue
+    chat: bool = False  # answer the prompt, as the chat template of the model's folder puts it
     # the model
     model: LocalPath = "log/model_checkpoint.pt"  # a checkpoint, a folder, or gpt2 ... from the Hub
     tokenizer: LocalPath | None = None  # gpt2, bytes, or a tokenizer.json, for a model without one
@@ -68,6 +72,42 @@ def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Samplin
                 break
             yield decoder.step(token.item())
     yield decoder.end()
+
+
+def chat_prompt(tokenizer: Tokenizer, message: str, model_name: str) -> str:
+    """A user's message in the tokenizer's chat template, up to where the answer begins.
+
+    Rendered as transformers' apply_chat_template does. Raises UserError if there is no template, or
+    if it fails.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{model_name} has no chat template: leave --chat out and it continues the prompt."
+            " docs/finetune.md teaches a model to answer"
+        )
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    messages = [{"role": "user", "content": message}]
+    try:
+        template = environment.from_string(tokenizer.chat_template)
+        return template.render(
+            messages=messages, add_generation_prompt=True, **tokenizer.special_tokens()
+        )
+    except Exception as error:  # whatever the template's code raises
+        reason = one_line_error(error)
+        raise UserError(f"the chat template of {model_name} fails: {reason}") from None
+
+
+class Generation(Extension):
+    """{% generation %} ... {% endgeneration %} in a chat template, which marks answers for
+    training: its content, unchanged."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)  # the tag itself
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def show_samples(model: GPT, tokenizer: Tokenizer, autocast) -> str:
@@ -116,13 +156,15 @@ def main(argv=None) -> int:
     print_notes(loaded.notes)
     model = loaded.model.to(device)
     tokenizer = loaded.tokenizer
+    text = chat_prompt(tokenizer, prompt, config.model) if config.chat else prompt
     for number in range(config.num_samples):
         if config.num_samples > 1:
             print(f"--- sample {number + 1} of {config.num_samples}")
-        print(prompt, end="", flush=True)
+        if not config.chat:
+            print(prompt, end="", flush=True)
         seed = config.seed + number
         sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, seed)
-        for piece in stream_text(model, tokenizer, prompt, sampling):
+        for piece in stream_text(model, tokenizer, text, sampling):
             print(piece, end="", flush=True)
         print()
     return 0

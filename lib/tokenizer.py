@@ -392,7 +392,10 @@ class JsonTokenizer(Tokenizer):
                 f" 1 to {MOST_TOKENS:,}"
             )
         self.settings = read_settings(files, place)
-        self.chat_template = files.get(CHAT_TEMPLATE, self.settings.get("chat_template"))
+        template = files.get(CHAT_TEMPLATE, self.settings.get("chat_template"))
+        if isinstance(template, list):  # several by name, as older folders have them
+            template = {one["name"]: one["template"] for one in template}.get("default")
+        self.chat_template = template
         end = self.end_of_text(ids, place)
         self.eot_token = ids[end]
         self.documents_json = hide_names(json.loads(self.library.to_str()), end)
@@ -511,17 +514,11 @@ class JsonTokenizer(Tokenizer):
         return cropped
 
     def files(self, block_size):
-        ids = self.library.get_vocab(with_added_tokens=True)
-        roles = {}
-        for key, value in self.settings.items():
-            # transformers would give one that is not in the vocabulary a new id
-            if key.endswith("_token") and isinstance(value, str | dict) and content(value) in ids:
-                roles[key] = value
         end = self.library.id_to_token(self.eot_token)
-        settings = roles | {
-            "eos_token": end,
-            "bos_token": roles.get("bos_token", end),
-            "pad_token": roles.get("pad_token", end),  # for batches of prompts
+        settings = {
+            "bos_token": end,
+            "pad_token": end,  # for batches of prompts
+            **self.special_tokens(),
             "model_max_length": block_size,
             "clean_up_tokenization_spaces": False,
             # the class that takes tokenizer.json as it is; others build their own from its words
@@ -537,6 +534,16 @@ class JsonTokenizer(Tokenizer):
         if self.chat_template:
             files[CHAT_TEMPLATE] = self.chat_template.encode()
         return files
+
+    def special_tokens(self) -> dict[str, str]:
+        """{"eos_token": "<|endoftext|>", ...}: the tokens that have a role, by their names."""
+        ids = self.library.get_vocab(with_added_tokens=True)
+        roles = {}
+        for key, value in self.settings.items():
+            # transformers would give one that is not in the vocabulary a new id
+            if key.endswith("_token") and content(value) in ids:
+                roles[key] = content(value)
+        return roles | {"eos_token": self.library.id_to_token(self.eot_token)}
 
 
 class JsonDecoder:

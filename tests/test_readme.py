@@ -1,6 +1,8 @@
 """README and docs/: their commands are words that the scripts' own parsers take, their Python runs
 as printed, their links lead somewhere."""
 
+import json
+import math
 import os
 import re
 import shlex
@@ -131,29 +133,79 @@ def test_continued_pretraining_in_three_commands(small_gpt2):
     assert len(losses) == 4 and losses[-1] < losses[0] - 0.02 and "ROMEO:" in done.stdout
 
 
-@pytest.mark.slow
-def test_sft_and_dpo_as_printed(small_gpt2):
-    """One step and more of each: the loss is finite and falls; DPO begins at ln 2."""
-    block = python_block("SFTTrainer")
-    assert len([line for line in block.splitlines() if line]) <= 20
+def conversations_as_printed(folder: Path) -> None:
+    """The two files of docs/finetune.md."""
+    blocks = re.findall(r"```json\n(.*?)```", PAGES["finetune.md"], re.DOTALL)
+    for name, block in zip(("conversations.jsonl", "preferences.jsonl"), blocks, strict=True):
+        (folder / name).write_text(block)
+
+
+# Each but the last would make the loss 0/0; the last is cut in its second answer.
+ODD_CONVERSATIONS = [
+    [],
+    [{"role": "user", "content": "Nobody answers this."}],
+    [{"role": "user", "content": ""}],
+    [{"role": "user", "content": "long " * 2000}, {"role": "assistant", "content": "Late."}],
+    [{"role": "user", "content": "Say nothing."}, {"role": "assistant", "content": ""}],
+    [
+        {"role": "user", "content": "Count."},
+        {"role": "assistant", "content": "One."},
+        {"role": "user", "content": "Go on."},
+        {"role": "assistant", "content": "two " * 2000},
+    ],
+]
+
+
+def finetune(folder: Path, block: str) -> tuple[list[float], list[float]]:
+    """Run docs/finetune.md's block in a folder with GPT124M. Returns the losses of SFT and DPO."""
     block += """
 import json
-logs = []
-for trainer in (sft, dpo):
-    logs.append([float(row["loss"]) for row in trainer.state.log_history if "loss" in row])
-json.dump(logs, open("losses.json", "w"))
+rows = [trainer.state.log_history for trainer in (sft, dpo)]
+losses = [[float(row["loss"]) for row in one if "loss" in row] for one in rows]
+json.dump([losses, len(conversations)], open("losses.json", "w"))
 """
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", block],
-        cwd=small_gpt2,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-c", block]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    import json
+    return json.loads((folder / "losses.json").read_text())
 
-    sft, dpo = json.loads(Path(small_gpt2 / "losses.json").read_text())
-    assert sft[-1] < sft[0] < 12 and abs(dpo[0] - 0.6931) < 1e-3 and dpo[-1] < dpo[0]
+
+@pytest.mark.slow
+def test_sft_and_dpo_as_printed(small_gpt2):
+    """The loss is finite and falls, with conversations that have nothing to learn among them; DPO
+    begins at ln 2."""
+    conversations_as_printed(small_gpt2)
+    with open(small_gpt2 / "conversations.jsonl", "a") as file:
+        for messages in ODD_CONVERSATIONS:
+            file.write(json.dumps({"messages": messages}) + "\n")
+    (sft, dpo), kept = finetune(small_gpt2, python_block("SFTTrainer"))
+    assert kept == 5 + 2
+    assert all(map(math.isfinite, sft + dpo))
+    assert sft[-1] < sft[0] < 12 and abs(dpo[0] - math.log(2)) < 1e-3 and dpo[-1] < dpo[0]
     assert (small_gpt2 / "GPT124M-dpo" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_it_learns_to_answer(small_gpt2):
+    """By heart: a model of two layers from random weights, with a higher learning rate. The answers
+    are sample.py's and transformers'."""
+    from transformers import pipeline
+
+    conversations_as_printed(small_gpt2)
+    block = python_block("SFTTrainer").replace("learning_rate=1e-4", "learning_rate=1e-2")
+    block = block.replace("num_train_epochs=20", "num_train_epochs=150")
+    (sft, _), _ = finetune(small_gpt2, block)
+    assert sft[-1] < 0.1
+    folder = small_gpt2 / "GPT124M-sft"
+    generator = pipeline("text-generation", model=str(folder))
+    for question, answer in (
+        ("What is the capital of France?", "Paris."),
+        ("What do you call a young dog?", "A puppy."),
+    ):
+        words = ["--chat", question, "--model", str(folder), "--num_samples=1", "--temperature=0"]
+        done = script("sample.py", *words)
+        assert done.stdout == f"{answer}\n", done.stderr
+        messages = [{"role": "user", "content": question}]
+        [theirs] = generator(messages, max_new_tokens=50, do_sample=False)
+        assert theirs["generated_text"][-1]["content"] == answer
