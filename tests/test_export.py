@@ -437,7 +437,9 @@ def test_the_card_has_the_licence_that_is_given_and_no_other(bytes_folder, train
     assert card_data(tmp_path / "again").license is None
 
 
-@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("gpt2", marks=pytest.mark.slow), "openai-community/gpt2"]
+)
 def test_the_card_names_openais_model(name, gpt2_folder, tmp_path):
     """As a run's first weights, and as the model itself."""
     files = {p: (gpt2_folder / p).read_bytes() for p in ("config.json", "model.safetensors")}

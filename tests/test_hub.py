@@ -139,6 +139,7 @@ def test_an_interrupted_download_is_resumed(number, hub, tmp_path):
     hub.faults.append(half_then_silence)
     process = start(hub, tmp_path)
     wait_for(lambda: 10**7 <= sum(p.stat().st_size for p in downloads(tmp_path, "*-1.parquet")))
+    wait_for(lambda: any((tmp_path / "data").glob("*.npy")))  # the first file is being read
     begin = time.time()
     process.send_signal(number)
     _, error = process.communicate(timeout=60)

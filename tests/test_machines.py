@@ -249,7 +249,7 @@ def test_a_finished_run_keeps_its_last_validation(how, data_dir, trained, tmp_pa
 # ---- long steps, signals ----
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_long_step_is_left_in_its_middle(ranks, data_dir, tmp_path):
     """Steps of 4 s (2 s on two ranks) from step 4 on; the signal comes in step 6."""
     driving = [str(ROOT / "tests" / "drivers.py"), "slow_micro_batches", "4"]
@@ -300,7 +300,7 @@ def test_short_steps_are_not_asked(data_dir, tmp_path, monkeypatch):
     assert counts[0] == counts[1] > 0
 
 
-@pytest.mark.parametrize("name", ["SIGUSR2", "SIGXCPU"])
+@pytest.mark.parametrize("name", ["SIGUSR2", pytest.param("SIGXCPU", marks=pytest.mark.slow)])
 def test_signals_of_clusters_save(name, data_dir, tmp_path):
     words = flags(data_dir=data_dir, log_dir=tmp_path, max_steps=4000)
     command = [sys.executable, str(ROOT / "train.py"), *words]
@@ -411,7 +411,10 @@ def test_run_json_knows_torchs_own_switch(data_dir, tmp_path):
 # ---- pictures, samples, compilers ----
 
 
-@pytest.mark.parametrize("trouble", ["backend", "usetex", "dollars"])
+@pytest.mark.parametrize(
+    "trouble",
+    ["backend", *(pytest.param(name, marks=pytest.mark.slow) for name in ("usetex", "dollars"))],
+)
 def test_a_picture_never_ends_a_run(trouble, data_dir, trained, tmp_path):
     log_dir = tmp_path / ("a $x^$ b" if trouble == "dollars" else "log")
     environment = os.environ | {}
@@ -508,6 +511,7 @@ def test_a_setting_that_an_older_checkpoint_does_not_have_is_its_default(
     assert "shuffle was False, is True" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_under_a_profiler(data_dir, trained, tmp_path):
     words = flags(data_dir=data_dir, log_dir=tmp_path)
     command = [sys.executable, "-m", "cProfile", "-o", str(tmp_path / "profile")]

@@ -455,8 +455,15 @@ def check_same_chat(folder, out):
     assert before(prompt)["input_ids"] == after(prompt)["input_ids"]
 
 
-@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
-@pytest.mark.parametrize("kind", ["gpt2", "bytes", "own", "vocab.json and merges.txt"])
+@pytest.mark.parametrize(
+    "kind, place",
+    [
+        ("gpt2", "chat_template.jinja"),
+        ("bytes", "tokenizer_config.json"),
+        ("own", "chat_template.jinja"),
+        ("vocab.json and merges.txt", "tokenizer_config.json"),
+    ],
+)
 def test_a_chat_template_stays_with_the_tokenizer(kind, place, own_tokenizer, tmp_path):
     tokenizer = get_tokenizer(chat_folder(kind, place, own_tokenizer, tmp_path / "in"))
     assert tokenizer.chat_template == get_tokenizer(tokenizer.state).chat_template == TURNS

@@ -221,6 +221,7 @@ def kill_and_resume(kills: int, data_dir, log_dir, dice: random.Random, env=None
     return done
 
 
+@pytest.mark.slow
 def test_three_random_kills_leave_no_trace(data_dir, long_run, tmp_path):
     kill_and_resume(3, data_dir, tmp_path, random.Random(time.time()))
     assert_uninterrupted(tmp_path, long_run)
@@ -264,8 +265,8 @@ SLOW = {"marks": pytest.mark.slow}
         ("SIGTERM", "torchrun"),
         ("SIGTERM", "rank"),
         ("SIGINT", "torchrun"),
-        ("SIGUSR1", "rank"),
-        ("SIGHUP", "torchrun"),
+        pytest.param("SIGUSR1", "rank", **SLOW),
+        pytest.param("SIGHUP", "torchrun", **SLOW),
         pytest.param("SIGINT", "rank", **SLOW),
         pytest.param("SIGUSR1", "torchrun", **SLOW),
         pytest.param("SIGHUP", "rank", **SLOW),
@@ -339,9 +340,12 @@ def test_a_signal_in_the_middle_of_an_evaluation(what, data_dir, tmp_path):
     assert_uninterrupted(tmp_path / "log", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
+@pytest.mark.parametrize(
+    "name",
+    ["SIGINT", *(pytest.param(name, **SLOW) for name in ("SIGTERM", "SIGUSR1", "SIGHUP"))],
+)
 def test_exit_code_of_one_process(name, data_dir, tmp_path):
-    words = flags(data_dir=data_dir, log_dir=tmp_path, max_steps=40)
+    words = flags(data_dir=data_dir, log_dir=tmp_path, max_steps=100_000)
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *words],
         stdout=subprocess.PIPE,
