@@ -2,7 +2,7 @@
 
     python metrics.py log                             the last value of each stream; draws the curve
     python metrics.py log log_fast --out compare.png  several runs in a table and in one picture
-    python metrics.py log --tracker tensorboard       replays the log into a tracker (or wandb)
+    python metrics.py log --tracker tensorboard       replays the log into a tracker
     python metrics.py log --tracker wandb --follow    and keeps up with the run
 
 A line of log.txt is `step stream value`: `250 val 3.9518`.
@@ -27,7 +27,7 @@ from lib.log import RunFacts, read_lines, read_log, read_run
 class MetricsConfig:
     log_dir: tuple[LocalPath, ...] = ("log",)  # directory of a run, or of several to compare
     out: LocalPath = "compare.png"  # picture of several runs
-    tracker: Literal["wandb", "tensorboard"] | None = None  # send every value there
+    tracker: Literal["wandb", "trackio", "tensorboard"] | None = None  # send every value there
     follow: bool = False  # continue until the run's last step, or Ctrl-C
 
 
@@ -157,7 +157,18 @@ class WeightsAndBiases:
         self.run.finish()
 
 
-TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+class Trackio(WeightsAndBiases):
+    """A trackio run, with wandb's methods. It has a name and no id: each replay is a new run."""
+
+    def __init__(self, log_dir: Path, run: RunFacts | None):
+        import trackio
+
+        config = dataclasses.asdict(run) if run else None
+        name = log_dir.resolve().name
+        self.run = trackio.init(project="GPT124M", name=name, config=config, embed=False)
+
+
+TRACKERS = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": WeightsAndBiases}
 
 
 def replay(config: MetricsConfig) -> None:
@@ -201,7 +212,7 @@ def main(argv=None) -> int:
     config = parse(MetricsConfig, argv, __doc__, positional="log_dir")
     if config.follow and not config.tracker:
         raise UserError(
-            "--follow sends what a run writes to a --tracker: give one, wandb or tensorboard"
+            "--follow sends what a run writes to a --tracker: give one, as in --tracker wandb"
         )
     if len(config.log_dir) > 1:
         if config.tracker:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import resource
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -288,6 +289,22 @@ def test_tensorboard_has_every_value(follow, tmp_path):
         assert all(
             math.isclose(a, b, rel_tol=1e-5) for (_, a), (_, b) in zip(got, points, strict=True)
         )
+
+
+@pytest.mark.slow
+def test_trackio_has_every_step(tmp_path):
+    write_run(tmp_path, 60)
+    environment = {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
+    done = script("metrics.py", tmp_path, "--tracker=trackio", env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = sqlite3.connect(tmp_path / "trackio" / "GPT124M.db").execute(
+        "select step, metrics from metrics order by step"
+    )
+    got = {}
+    for step, values in rows:
+        for stream, value in json.loads(values).items():
+            got.setdefault(stream, []).append((step, value))
+    assert got == dict(read_log(tmp_path))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import flags, write_hellaswag
 from safetensors.torch import load_file, save_file, save_model
-from test_tokenizer import byte_level_bpe, save
+from test_tokenizer import END_OF_TEXT, byte_level_bpe, save
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -19,7 +19,7 @@ import hellaswag
 import inside
 import sample
 import train
-from GPT_Modules import GPT
+from GPT_Modules import GPT, GPTConfig
 from lib.cli import UserError
 from lib.log import RunFacts
 from lib.pretrained import load_model, open_model
@@ -471,6 +471,48 @@ def test_a_chat_template_stays_with_the_tokenizer(kind, place, own_tokenizer, tm
     for name, content in tokenizer.files(64).items():
         (tmp_path / "out" / name).write_bytes(content)
     check_same_chat(tmp_path / "in", tmp_path / "out")
+
+
+LISTED = [{"name": "tools", "template": "?"}, {"name": "default", "template": TURNS}]
+GENERATION = (
+    "{%- for m in messages %}\n    {% generation -%}\n  {{ m.content + eos_token }} "
+    "{%- endgeneration %}\n{% if loop.last %}{% break %}{% endif %}{% endfor %}"
+    "{{ bos_token }}{{ pad_token }}{{ nothing }}{% if add_generation_prompt %}\n  A:\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "kind, template", [("gpt2", GENERATION), ("bytes", LISTED), ("own", TURNS), ("own", GENERATION)]
+)
+def test_a_message_in_the_chat_template_is_transformers(kind, template, own_tokenizer, tmp_path):
+    """Its text, and its ids: the special tokens that the template writes are tokens."""
+    folder = chat_folder(kind, "tokenizer_config.json", own_tokenizer, tmp_path / "in")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings = {"eos_token": END_OF_TEXT} | settings | {"chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    theirs, ours = AutoTokenizer.from_pretrained(folder), get_tokenizer(folder)
+    for content in ("É?", "<|endoftext|> \n", ""):
+        messages = [{"role": "user", "content": content}]
+        prompt = sample.chat_prompt(ours, content, "x")
+        kwargs = {"add_generation_prompt": True, "return_dict": False}
+        assert prompt == theirs.apply_chat_template(messages, tokenize=False, **kwargs)
+        assert ours.encode_prompt(prompt) == theirs.apply_chat_template(messages, **kwargs)
+
+
+def test_no_chat_template_and_one_that_fails(own_tokenizer, tmp_path, capsys):
+    model = GPT(GPTConfig(64, 257, 1, 1, 8))
+    state = {"model": model.state_dict(), "config": model.config, "step": 1, "tokenizer": "bytes"}
+    torch.save(state, tmp_path / "m.pt")
+    assert sample.main(["--chat", "Who?", "--model", str(tmp_path / "m.pt")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and "m.pt has no chat template: leave --chat out" in printed.err
+    folder = chat_folder("bytes", "chat_template.jinja", own_tokenizer, tmp_path / "in")
+    small_gpt2(257).save_pretrained(folder)
+    for template, reason in (("{% if %}", "TemplateSyntaxError"), ("{{ 1 / 0 }}", "ZeroDivision")):
+        (folder / "chat_template.jinja").write_text(template)
+        assert sample.main(["--chat", "Who?", "--model", str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert f"the chat template of {folder} fails: {reason}" in error
 
 
 @pytest.mark.parametrize("kind", ["bytes", "own"])
