@@ -106,7 +106,7 @@ class Generation(Extension):
     tags = {"generation"}
 
     def parse(self, parser):
-        next(parser.stream)
+        next(parser.stream)  # the tag itself
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 

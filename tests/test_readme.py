@@ -94,9 +94,11 @@ def python_block(containing: str) -> str:
 
 
 @pytest.fixture
-def small_gpt2(tmp_path):
-    """tmp_path with log/model_checkpoint.pt and GPT124M, a small model with GPT-2's tokenizer."""
-    shape = GPTConfig(block_size=1024, vocab_size=50304, n_layer=2, n_head=2, n_embd=32)
+def small_gpt2(request, tmp_path):
+    """tmp_path with log/model_checkpoint.pt and GPT124M, a small model with GPT-2's tokenizer. Its
+    parameter is the context."""
+    block_size = getattr(request, "param", 1024)
+    shape = GPTConfig(block_size, vocab_size=50304, n_layer=2, n_head=2, n_embd=32)
     (tmp_path / "log").mkdir()
     path = tmp_path / "log" / "model_checkpoint.pt"
     torch.save(
@@ -145,13 +147,13 @@ ODD_CONVERSATIONS = [
     [],
     [{"role": "user", "content": "Nobody answers this."}],
     [{"role": "user", "content": ""}],
-    [{"role": "user", "content": "long " * 2000}, {"role": "assistant", "content": "Late."}],
+    [{"role": "user", "content": "long " * 200}, {"role": "assistant", "content": "Late."}],
     [{"role": "user", "content": "Say nothing."}, {"role": "assistant", "content": ""}],
     [
         {"role": "user", "content": "Count."},
         {"role": "assistant", "content": "One."},
         {"role": "user", "content": "Go on."},
-        {"role": "assistant", "content": "two " * 2000},
+        {"role": "assistant", "content": "two " * 200},
     ],
 ]
 
@@ -172,6 +174,7 @@ json.dump([losses, len(conversations)], open("losses.json", "w"))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("small_gpt2", [128], indirect=True)
 def test_sft_and_dpo_as_printed(small_gpt2):
     """The loss is finite and falls, with conversations that have nothing to learn among them; DPO
     begins at ln 2."""
@@ -187,6 +190,7 @@ def test_sft_and_dpo_as_printed(small_gpt2):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("small_gpt2", [128], indirect=True)
 def test_it_learns_to_answer(small_gpt2):
     """By heart: a model of two layers from random weights, with a higher learning rate. The answers
     are sample.py's and transformers'."""
