@@ -297,13 +297,13 @@ def seal_card(folder: Path, edited_card: bytes | None) -> None:
 
 
 def is_as_written(card: bytes) -> bool:
-    """Is this a card of export.py's that nobody has edited?"""
+    """Was this card written by export.py, and not edited since?"""
     text, digests = split_card(card)
     return digests.get("README.md") == hashlib.sha256(text).hexdigest()
 
 
 def find_edited_card(out: Path) -> bytes | None:
-    """The text of a README.md in an export that somebody has edited; None if nobody has. Raises
+    """The text of an export's README.md that was edited since; None if it was not. Raises
     UserError if the folder has anything else that export.py did not write."""
     readme = out / "README.md"
     card = readme.read_bytes() if readme.exists() else b""

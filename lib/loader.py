@@ -101,9 +101,9 @@ class TokenLoader:
             self.stream.read(self.place(number) * self.T, self.T + 1)
             for number in range(first, first + batch_size)
         ]
-        tokens = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
-        x = tokens[:, :-1].contiguous()  # (B, T)
-        y = tokens[:, 1:].contiguous()  # (B, T)
+        tokens = np.stack(rows)  # (B, T + 1)
+        x = torch.from_numpy(tokens[:, :-1].astype(np.int64))  # (B, T)
+        y = torch.from_numpy(tokens[:, 1:].astype(np.int64))  # (B, T)
         return (x.pin_memory(), y.pin_memory()) if self.pin_memory else (x, y)
 
     def place(self, number: int) -> int:

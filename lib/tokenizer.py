@@ -1,4 +1,4 @@
-"""The tokenizer: text to ids and back. One interface, so that nobody asks which kind it is.
+"""The tokenizer: text to ids and back. One interface for all kinds.
 
     tokenizer = get_tokenizer("gpt2")                  # 50257 tokens, by tiktoken
     tokenizer = get_tokenizer("bytes")                 # 256 bytes and <|endoftext|>
@@ -128,7 +128,7 @@ def tokenizer_without_json(folder: Path) -> "Tokenizer":
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Does a model's folder bring a tokenizer, be it one that can be used or not?"""
+    """Does a model's folder have a tokenizer, usable or not?"""
     return any((folder / name).exists() for name in ("tokenizer.json", *OTHER_FILES))
 
 
