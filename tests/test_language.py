@@ -104,7 +104,7 @@ def run(folder: Path, script: str, *more) -> str:
 
 
 @pytest.mark.parametrize("kind", ["Unigram", "added tokens"])
-def test_the_pool_of_workers_killed_and_continued(kind, tmp_path):
+def test_a_killed_generator_goes_on_to_the_same_tokens(kind, tmp_path):
     """The tokens on the disk are those of the package tokenizers, in the order of the documents."""
     make, end, end_name = KINDS[kind]
     save(tmp_path / "own", make(), end)
