@@ -350,9 +350,8 @@ def test_exit_code_of_one_process(name, data_dir, tmp_path):
         [sys.executable, str(ROOT / "train.py"), *words],
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGHUP, signal.SIG_DFL
-        ),  # these tests may themselves run under nohup
+        # these tests may themselves run under nohup, or in the background of a shell
+        preexec_fn=lambda: signal.signal(signal.Signals[name], signal.SIG_DFL),
     )
     wait_for(lambda: len(log_lines(tmp_path)) > 8)
     process.send_signal(signal.Signals[name])
