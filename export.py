@@ -152,6 +152,8 @@ def origin(name: str) -> dict[str, str | list[str] | None]:
     known: of OpenAI's, and of a folder whose own card names them. name: --model or --init_from."""
     from huggingface_hub import metadata_load
 
+    if name == "scratch":  # no folder of that name
+        return {"language": None, "base_model": None}
     hub_name = name.removeprefix("openai-community/")
     if hub_name in HUB_NAMES:
         return {"language": "en", "base_model": f"openai-community/{hub_name}"}

@@ -142,7 +142,8 @@ def conversations_as_printed(folder: Path) -> None:
         (folder / name).write_text(block)
 
 
-# Each but the last would make the loss 0/0; the last is cut in its second answer.
+# The first four have no token of an answer within the context, and are left out. Of the last two
+# one answer is only the end of its turn, and one is cut.
 ODD_CONVERSATIONS = [
     [],
     [{"role": "user", "content": "Nobody answers this."}],
@@ -202,6 +203,9 @@ def test_it_learns_to_answer(small_gpt2):
     (sft, _), _ = finetune(small_gpt2, block)
     assert sft[-1] < 0.1
     folder = small_gpt2 / "GPT124M-sft"
+    command = [sys.executable, "-c", python_block("generator(messages")]
+    printed = subprocess.run(command, cwd=small_gpt2, capture_output=True, text=True, check=True)
+    assert printed.stdout.splitlines()[-1] == "Paris."
     generator = pipeline("text-generation", model=str(folder))
     for question, answer in (
         ("What is the capital of France?", "Paris."),
