@@ -396,7 +396,8 @@ def test_a_head_is_named_since_the_step_at_which_it_appeared(browser, tmp_path):
             assert named == "No head has a dashed frame."
             assert not texts(browser, "#heads .named")
         else:
-            assert named == f"the token before (layer.head):0.1: {shares[-1]:.0%}, since step 300"
+            since = f"layer 0, head 1: {shares[-1]:.0%}, more than half since step 300"
+            assert named == f"the token before:{since}"
             assert texts(browser, "#heads .named") == [f"previous {shares[-1]:.0%}"]
     assert shares[1] < 0.5 < shares[2] < shares[3] and shares[4] < 0.5
     browser.evaluate("choose({checkpoint: 3})")
