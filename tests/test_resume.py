@@ -263,7 +263,7 @@ SLOW = {"marks": pytest.mark.slow}
     "name, to",
     [
         ("SIGTERM", "torchrun"),
-        ("SIGTERM", "rank"),
+        pytest.param("SIGTERM", "rank", **SLOW),
         ("SIGINT", "torchrun"),
         pytest.param("SIGUSR1", "rank", **SLOW),
         pytest.param("SIGHUP", "torchrun", **SLOW),
