@@ -509,7 +509,8 @@ def facts_to_compare(config: TrainConfig, identity: dict, val_data, examples: li
     facts = {f"--{name}": value for name, value in vars(config).items() if name not in paths}
     facts |= {f"data ({name})": value for name, value in identity.items()}
     if val_data:
-        facts["validation data"] = val_data.stream.identity()["sha256"]
+        val_identity = val_data.stream.identity()
+        facts |= {f"validation data ({name})": value for name, value in val_identity.items()}
     return facts | {"HellaSwag examples": len(examples)}
 
 

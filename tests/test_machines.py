@@ -104,7 +104,7 @@ OTHERS = {  # what rank 1 has -> what is said of it
     "schedule": ("linear", "--schedule is cosine on rank 0, linear on rank 1"),
     "seed": (1, "--seed is 1337 on rank 0, 1 on rank 1"),
     "data_dir": ("other", "data (sha256) is "),
-    "val data": ("val", "validation data is "),
+    "val data": ("val", "validation data (sample) is "),
 }
 
 
