@@ -15,6 +15,9 @@ import traceback
 import warnings
 
 import matplotlib.figure  # noqa: F401
+import pandas  # noqa: F401  # of the package datasets, which itself reads HF_HOME when imported
+import pyarrow.dataset  # noqa: F401
+import pyarrow.parquet  # noqa: F401
 import safetensors.torch  # noqa: F401
 import tiktoken  # noqa: F401
 import torch

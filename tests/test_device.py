@@ -99,6 +99,7 @@ def page_faults(what: str) -> int:
     return int(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
 def test_glibc_keeps_freed_memory():
     """Page faults of a step, in processes of their own: thousands without, next to none with."""

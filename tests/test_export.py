@@ -36,7 +36,7 @@ FILES = {
 SMALL = GPTConfig(block_size=1024, vocab_size=50304, n_layer=2, n_head=2, n_embd=32)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def gpt2_checkpoint(tmp_path_factory):
     """A small model with GPT-2's tokenizer and rows that pad it, saved without a run."""
     torch.manual_seed(0)
@@ -47,14 +47,14 @@ def gpt2_checkpoint(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def gpt2_folder(gpt2_checkpoint):
     out = gpt2_checkpoint.parent / "GPT-small"
     assert export.main(["--model", str(gpt2_checkpoint), "--out", str(out)]) == 0
     return out
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def bytes_folder(trained, tmp_path_factory):
     out = tmp_path_factory.mktemp("bytes") / "GPT-bytes"
     assert export.main(["--model", str(trained / "model_checkpoint.pt"), "--out", str(out)]) == 0
@@ -437,9 +437,8 @@ def test_the_card_has_the_licence_that_is_given_and_no_other(bytes_folder, train
     assert card_data(tmp_path / "again").license is None
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("gpt2", marks=pytest.mark.slow), "openai-community/gpt2"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
 def test_the_card_names_openais_model(name, gpt2_folder, tmp_path):
     """As a run's first weights, and as the model itself."""
     files = {p: (gpt2_folder / p).read_bytes() for p in ("config.json", "model.safetensors")}
@@ -811,12 +810,13 @@ def test_the_plain_upload_folder_works_too(bytes_folder):
 # ---- weights in ----
 
 
-LARGER = [
-    pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2-medium", "gpt2-large", "gpt2-xl")
+OTHERS = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 ]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2", *LARGER])
+@pytest.mark.parametrize("name", ["openai-community/gpt2", *OTHERS])
 def test_weights_from_the_hub_by_name(name, gpt2_folder, tmp_path):
     """A small model under each of OpenAI's names: sampled, and trained on, in its own rows and
     shape."""

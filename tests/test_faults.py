@@ -25,6 +25,7 @@ from lib.checkpoint import load_checkpoint
 from lib.log import read_log
 
 
+@pytest.mark.slow
 def test_a_loss_scale_that_falls_does_not_end_the_run(data_dir, tmp_path):
     """It begins at 2^40, far too high: more than ten updates are skipped until it fits."""
     words = flags(data_dir=data_dir, log_dir=tmp_path, dtype="float16", max_steps=60, max_lr=3e-3)

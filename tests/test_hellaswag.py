@@ -24,7 +24,7 @@ from lib.tokenizer import get_tokenizer
 SHAPE = GPTConfig(block_size=64, vocab_size=50304, n_layer=2, n_head=2, n_embd=32)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model():
     torch.manual_seed(3)
     model = GPT(SHAPE).eval()
@@ -235,36 +235,36 @@ def repository(n: int) -> dict[str, bytes]:
     return {"README.md": b"# HellaSwag", "data/validation-00000-of-00001.parquet": file.getvalue()}
 
 
-def test_the_hubs_data_is_fetched_by_one_rank_cached_and_counted(data_dir, tmp_path):
+def data_requests(hub) -> list[str]:
+    return [path for method, path in hub.requests if method == "GET" and path.endswith(".parquet")]
+
+
+def test_the_hubs_data_is_fetched_once_and_counted(trained, tmp_path):
+    words = ["hellaswag.py", "--model", trained / "model_checkpoint.pt", "--limit=50"]
     with Hub({"datasets/Rowan/hellaswag": repository(10_042)}) as hub:
         environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
-        common = {
-            "data_dir": data_dir,
-            "hellaswag_every": 1,
-            "max_steps": 1,
-            "n_layer": 1,
-            "n_embd": 8,
-            "val_every": 0,
-        }
-        done = torchrun(2, "train.py", *flags(log_dir=tmp_path / "log", **common), env=environment)
-        assert done.returncode == 0, done.stderr
-        assert "10,042 examples" in done.stdout and len(hella_lines(tmp_path / "log")) == 2
-        fetched = [
-            path for method, path in hub.requests if method == "GET" and path.endswith(".parquet")
-        ]
-        assert len(fetched) == 1
-        hub.requests.clear()
-        words = ["hellaswag.py", "--model", tmp_path / "log" / "model_checkpoint.pt", "--limit=50"]
-        done = script(*words, env=environment)
-        assert done.returncode == 0 and "n=50" in done.stdout, done.stderr
-        assert not [
-            path for method, path in hub.requests if method == "GET" and path.endswith(".parquet")
-        ]
+        for requests in (1, 0):
+            done = script(*words, env=environment)
+            assert done.returncode == 0 and "n=50" in done.stdout, done.stderr
+            assert len(data_requests(hub)) == requests
+            hub.requests.clear()
     with Hub({"datasets/Rowan/hellaswag": repository(77)}) as hub:
         done = script(*words, env={"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf2")})
         assert done.returncode == 2 and "has 77 examples instead of 10042" in done.stderr, (
             done.stderr
         )
+
+
+@pytest.mark.slow
+def test_one_rank_fetches_the_hubs_data(data_dir, tmp_path):
+    changes = {"hellaswag_every": 1, "max_steps": 1, "n_layer": 1, "n_embd": 8, "val_every": 0}
+    words = flags(data_dir=data_dir, log_dir=tmp_path / "log", **changes)
+    with Hub({"datasets/Rowan/hellaswag": repository(10_042)}) as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+        done = torchrun(2, "train.py", *words, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert len(data_requests(hub)) == 1
+    assert "10,042 examples" in done.stdout and len(hella_lines(tmp_path / "log")) == 2
 
 
 # ---- lm-evaluation-harness ----

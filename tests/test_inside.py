@@ -52,7 +52,7 @@ def save_model(model: GPT, path, tokenizer="bytes") -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model_file(tmp_path_factory):
     return save_model(random_model(SHAPES[1]), tmp_path_factory.mktemp("inside") / "model.pt")
 

@@ -134,6 +134,7 @@ def test_ranks_that_were_started_differently(name, data_dir, tmp_path):
     assert [path.name for path in (tmp_path / "log").iterdir()] == [".lock"]
 
 
+@pytest.mark.slow
 def test_ranks_that_were_started_by_hand_alike(data_dir, trained, tmp_path):
     common = {"data_dir": data_dir, "log_dir": tmp_path / "log"}
     first, second = run_two_ranks(flags(**common), flags(**common | {"data_dir": data_dir}))
@@ -312,6 +313,7 @@ def test_signals_of_clusters_save(name, data_dir, tmp_path):
     assert errors.startswith(f"{name}: saving after this step\n")
 
 
+@pytest.mark.slow
 def test_a_signal_that_the_parent_ignores_stays_ignored(data_dir, trained, tmp_path):
     """A job in the background of a script has SIGINT ignored."""
     words = flags(data_dir=data_dir, log_dir=tmp_path)
@@ -399,6 +401,7 @@ def test_the_best_needs_a_validation(data_dir, tmp_path, capsys):
     assert "--keep_best needs the validation loss" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_run_json_knows_torchs_own_switch(data_dir, tmp_path):
     words = [*flags(data_dir=data_dir, log_dir=tmp_path, max_steps=1), "--compile"]
     command = [sys.executable, str(ROOT / "train.py"), *words]
@@ -451,6 +454,7 @@ def test_a_sample_that_is_due_of_weights_that_are_nan(data_dir, tmp_path):
     assert "was not finite 10 times in a row" in done.stderr or "are not saved" in done.stderr
 
 
+@pytest.mark.slow
 def test_no_compiler_is_two_lines(data_dir, tmp_path):
     words = [*flags(data_dir=data_dir, log_dir=tmp_path / "log"), "--compile"]
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}

@@ -49,7 +49,7 @@ def largest_difference(ours: GPT, theirs) -> float:
         return (ours(idx)[0] - theirs(idx).logits).abs().max().item()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def own_tokenizer(tmp_path_factory):
     """A folder with nothing but a tokenizer.json of 600 ids."""
     return save(tmp_path_factory.mktemp("own"), byte_level_bpe())

@@ -264,7 +264,7 @@ SLOW = {"marks": pytest.mark.slow}
     [
         ("SIGTERM", "torchrun"),
         pytest.param("SIGTERM", "rank", **SLOW),
-        ("SIGINT", "torchrun"),
+        pytest.param("SIGINT", "torchrun", **SLOW),
         pytest.param("SIGUSR1", "rank", **SLOW),
         pytest.param("SIGHUP", "torchrun", **SLOW),
         pytest.param("SIGINT", "rank", **SLOW),
@@ -377,6 +377,7 @@ def test_a_signal_before_the_first_step_saves_nothing_and_says_so(
     assert not list(tmp_path.glob("*.pt")) and "val" not in read_log(tmp_path)
 
 
+@pytest.mark.slow
 def test_no_rank_leaves_before_the_last_save_is_done(data_dir, tmp_path):
     """After a signal torchrun would end rank 0 half a minute later, in a save that takes so
     long."""
@@ -487,6 +488,7 @@ def test_the_newest_is_linked_again_where_a_kill_left_it_behind(link, data_dir, 
     assert os.readlink(tmp_path / "model_checkpoint.pt") == "model_00008.pt"
 
 
+@pytest.mark.slow
 def test_two_machines_give_the_weights_of_one(data_dir, trained, tmp_path):
     import socket
 
