@@ -15,7 +15,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import ROOT, flags, script
+from conftest import ROOT, flags, script, wait_for
 
 import export
 import hellaswag
@@ -308,42 +308,45 @@ def test_no_network_for_the_hubs_weights(tmp_path):
 
 # ---- kills ----
 
-SAVER = """
-import sys
-from pathlib import Path
+# Does nothing but save, in a child for each line of standard input.
+SAVERS = """
+import os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_checkpoint import content
 from lib.checkpoint import newest_checkpoint, remove_older, save_checkpoint
 from lib.files import only_writer
-with only_writer({log_dir!r}):
-    found = newest_checkpoint({log_dir!r})
-    state = content(0)
-    print("ready", flush=True)
-    for step in range(found.checkpoint["step"] + 1 if found else 0, 10_000):
-        save_checkpoint({log_dir!r}, state | {{"step": step}})
-        remove_older({log_dir!r}, step, 0)
+state = content(0)
+for line in sys.stdin:
+    if (child := os.fork()) == 0:
+        with only_writer({log_dir!r}):
+            found = newest_checkpoint({log_dir!r})
+            for step in range(found.checkpoint["step"] + 1 if found else 0, 10_000):
+                save_checkpoint({log_dir!r}, state | {{"step": step}})
+                remove_older({log_dir!r}, step, 0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
 """
 
 
 def kill_inside_the_save(log_dir, dice, rounds: int):
     """Kill a process that does nothing but save; then the newest checkpoint must load, and the link
     must be good."""
-    program = SAVER.format(root=str(ROOT), tests=str(ROOT / "tests"), log_dir=str(log_dir))
-    for _ in range(rounds):
-        process = subprocess.Popen(
-            [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout.readline() == "ready\n"
-        before = max(checkpoint_paths(log_dir), default=-1)
-        while max(checkpoint_paths(log_dir), default=-1) == before:
-            time.sleep(0.001)
-        time.sleep(dice.random() * 0.03)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        newest = newest_checkpoint(log_dir)
-        step = newest.checkpoint["step"]
-        assert not newest.skipped and len(checkpoint_paths(log_dir)) <= 3
-        assert load_checkpoint(log_dir / "model_checkpoint.pt")["step"] in (step, step - 1)
+    program = SAVERS.format(root=str(ROOT), tests=str(ROOT / "tests"), log_dir=str(log_dir))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", program], **pipes) as savers:
+        for _ in range(rounds):
+            before = max(checkpoint_paths(log_dir), default=-1)
+            savers.stdin.write("\n")
+            savers.stdin.flush()
+            child = int(savers.stdout.readline())
+            wait_for(lambda before=before: max(checkpoint_paths(log_dir), default=-1) > before)
+            time.sleep(dice.random() * 0.03)
+            os.kill(child, signal.SIGKILL)
+            assert int(savers.stdout.readline()) == signal.SIGKILL
+            newest = newest_checkpoint(log_dir)
+            step = newest.checkpoint["step"]
+            assert not newest.skipped and len(checkpoint_paths(log_dir)) <= 3
+            assert load_checkpoint(log_dir / "model_checkpoint.pt")["step"] in (step, step - 1)
 
 
 def test_kills_inside_the_save(tmp_path):

@@ -31,7 +31,7 @@ def contents(directory: Path) -> dict[str, tuple]:
     return {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_loss_of_a_run_is_what_the_run_has_logged(ranks, data_dir, trained):
     before = contents(trained)
     for step, model in ((8, trained), (8, trained / "model_checkpoint.pt")):

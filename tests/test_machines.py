@@ -143,6 +143,7 @@ def test_ranks_that_were_started_by_hand_alike(data_dir, trained, tmp_path):
     assert steps == [line.split()[:2] for line in comparable_log(trained)]
 
 
+@pytest.mark.slow
 def test_an_error_is_printed_wherever_it_happens(tmp_path, data_dir):
     """With a rank of a launcher in the environment, and of rank 1 alone under torchrun."""
     begun = time.time()

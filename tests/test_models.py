@@ -461,7 +461,9 @@ def check_same_chat(folder, out):
         ("gpt2", "chat_template.jinja"),
         ("bytes", "tokenizer_config.json"),
         ("own", "chat_template.jinja"),
-        ("vocab.json and merges.txt", "tokenizer_config.json"),
+        pytest.param(
+            "vocab.json and merges.txt", "tokenizer_config.json", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_chat_template_stays_with_the_tokenizer(kind, place, own_tokenizer, tmp_path):

@@ -418,6 +418,7 @@ def test_what_gloo_has_left_to_do_does_not_spoil_the_exit_code(data_dir, tmp_pat
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_outlives_its_terminal(data_dir, trained, tmp_path):
     """Under nohup a hangup is nothing; and when nobody reads its output any more, the run goes on
     without."""
@@ -436,6 +437,7 @@ def test_a_run_outlives_its_terminal(data_dir, trained, tmp_path):
     assert_same_weights(tmp_path, trained)
 
 
+@pytest.mark.slow
 def test_second_job_is_refused_and_orphans_leave(data_dir, tmp_path):
     words = flags(data_dir=data_dir, log_dir=tmp_path, **LONG | {"max_steps": 2000})
     process = start_torchrun(2, *words)
@@ -513,6 +515,7 @@ def test_two_machines_give_the_weights_of_one(data_dir, trained, tmp_path):
     assert_uninterrupted(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_a_kill_between_the_best_checkpoint_and_its_link_leaves_no_trace(data_dir, tmp_path):
     """The best is at step 5; the process is killed when its checkpoint is there, its link not."""
     best_at_5 = {"max_lr": 0.015, "min_lr": 0.015, "max_steps": 6, "warmup_steps": 0}
