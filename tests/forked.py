@@ -15,7 +15,7 @@ import traceback
 import warnings
 
 import matplotlib.figure  # noqa: F401
-import pandas  # noqa: F401  # of the package datasets, which itself reads HF_HOME when imported
+import pandas  # noqa: F401  # what datasets imports; datasets itself would read HF_HOME here
 import pyarrow.dataset  # noqa: F401
 import pyarrow.parquet  # noqa: F401
 import safetensors.torch  # noqa: F401

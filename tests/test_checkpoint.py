@@ -323,6 +323,7 @@ for line in sys.stdin:
             for step in range(found.checkpoint["step"] + 1 if found else 0, 10_000):
                 save_checkpoint({log_dir!r}, state | {{"step": step}})
                 remove_older({log_dir!r}, step, 0)
+        os._exit(0)
     print(child, flush=True)
     print(os.waitpid(child, 0)[1], flush=True)
 """

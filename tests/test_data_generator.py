@@ -417,6 +417,7 @@ SEVERAL = {
     "en.txt": b"one",
     "en2.txt": b"line\r\nline\n" * 800,
 }
+PLAIN = {"README.md": b"# texts", "train.jsonl": b'{"text": "a"}', "test.jsonl": b'{"text": "b"}'}
 WRONG = {  # what is wrong -> (files of org/NAME, flags, what is said)
     "several configurations": (
         SEVERAL,
@@ -454,6 +455,21 @@ WRONG = {  # what is wrong -> (files of org/NAME, flags, what is said)
     "pictures": ({"a.png": b"", "b.png": b""}, [], "a.png is none of .txt .md .jsonl"),
     "nothing": ({"LICENSE": b""}, [], "org/NAME"),
     "no such data set": (SEVERAL, ["--dataset=org/none"], "org/none can't be found on the Hub"),
+    "no such configuration of a plain folder": (
+        PLAIN,
+        ["--name=french", "--split=test"],
+        "--dataset org/NAME has no configuration french; choose one with --name: default",
+    ),
+    "no such split of a plain folder": (
+        PLAIN,
+        ["--split=dev"],
+        "--split dev: org/NAME has no such split; it has train, test",
+    ),
+    "a row that is null": (
+        {"train.parquet": parquet(["a", None])},
+        [],
+        "train.parquet row 2: text is null, not a text",
+    ),
     "a damaged file": (
         {"train.parquet": b"PAR1" + b"x" * 5000 + b"PAR1"},
         [],
